@@ -1,0 +1,42 @@
+# The verbs of this project; `make` alone lists them. Needs make and Python 3.11 or later (PYTHON=python3.12 chooses one).
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# The stamp is younger than the two files it was made from exactly when the environment is what they say.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check docs clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## make .venv with everything that development needs
+
+demo: $(STAMP)  ## train on damaged data, with torch's loader and with this one (under two minutes)
+	@$(PY) -m robustloader demo
+
+test: $(STAMP)  ## run all tests
+	$(PY) -m pytest
+
+check: $(STAMP)  ## format, lint, types and the fast tests (about a minute)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/unit
+
+docs: $(STAMP)  ## check that links in the documentation resolve and that its Python compiles
+	$(PY) docs/check.py
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@

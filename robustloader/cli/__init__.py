@@ -1,0 +1,43 @@
+"""The command ``robustloader``.
+
+Each subcommand is a module with two functions: ``add_parser(commands)`` declares it, ``run(options)`` does it and
+returns the exit status: 0 when all is well, 1 when a check found trouble, 2 for bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import robustloader
+from robustloader.cli import demo
+
+__all__ = ["main"]
+
+DESCRIPTION = "A DataLoader for PyTorch that survives damaged samples and dying workers."
+COMMANDS = (demo,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0 when all is well, 1 when a check found trouble, 2 for bad arguments, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="robustloader", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {robustloader.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    try:
+        options = parser.parse_args(argv)
+        return int(options.run(options))
+    except SystemExit as stop:  # argparse exits where a caller of main() wants a status
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("robustloader: interrupted", file=sys.stderr)
+        return 130

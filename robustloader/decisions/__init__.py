@@ -1,0 +1,1 @@
+"""What to do next, decided purely: no process, no torch, no clock. Time comes in as an argument."""

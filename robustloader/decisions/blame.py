@@ -1,0 +1,99 @@
+"""Who is to blame for a dead worker: nobody, a task, or one sample; and when that is proved.
+
+A death while one sample was in hand makes that sample *suspect*. After ``poison_after`` such deaths it is tried alone
+in a fresh worker, and only a death in the trial convicts it: a machine that kills workers at random will now and then
+hit the same sample twice, but hardly ever the short moment in which that sample is alone in a worker. Where the death
+looks like a kill from outside (SIGKILL with no sign of the kernel's memory killer), one trial is not proof enough
+either, so several must end so in a row.
+
+A death in ``__getitems__``, collate or encode names no sample: the task is loaded again *carefully*, sample by sample,
+with each sample collated and encoded alone first, so that the next death does name one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from robustloader.decisions.keys import Key
+
+__all__ = ["Blame", "Cause", "Judgement", "OUTSIDE_TRIALS"]
+
+Cause = Literal["memory", "shared memory", "crash", "exit", "killed", "start", "hang", "unknown"]
+
+# With 200 ms samples and a kill a second over two workers, a trial is hit about one time in ten; four in a row are then
+# one in ten thousand suspects, and a suspect itself is rare.
+OUTSIDE_TRIALS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What follows from a death.
+
+    Attributes:
+        action: "replay" (nobody is to blame), "careful" (replay the task sample by sample), "trial" (try the sample
+            alone), "convict" (the sample is poison) or "condemn" (the task kills, though no sample of it does alone).
+        refund: deaths to give back to the restart budget.
+        deaths: deaths counted so far against the sample or task.
+    """
+
+    action: Literal["replay", "careful", "trial", "convict", "condemn"]
+    refund: int = 0
+    deaths: int = 0
+
+
+@dataclass(slots=True)
+class _Suspect:
+    deaths: int = 0
+    trial_deaths: int = 0
+    memory_deaths: int = 0
+
+
+@dataclass(slots=True)
+class Blame:
+    """The open cases of one epoch."""
+
+    poison_after: int
+    _samples: dict[Key, _Suspect] = field(default_factory=dict)
+    _tasks: dict[int, int] = field(default_factory=dict)
+
+    def sample_died(self, key: Key, cause: Cause, *, on_trial: bool) -> Judgement:
+        """A worker died of ``cause`` with one sample in hand."""
+        suspect = self._samples.setdefault(key, _Suspect())
+        if cause == "memory" and not suspect.memory_deaths:
+            # The kernel takes whoever is largest, not whoever asked for the last page.
+            suspect.memory_deaths += 1
+            return Judgement("trial" if on_trial else "replay", deaths=suspect.deaths)
+        suspect.deaths += 1
+        if on_trial:
+            suspect.trial_deaths += 1
+            if suspect.trial_deaths >= (OUTSIDE_TRIALS if cause in ("killed", "unknown") else 1):
+                del self._samples[key]
+                return Judgement("convict", refund=suspect.deaths, deaths=suspect.deaths)
+        if suspect.deaths >= self.poison_after:
+            return Judgement("trial", deaths=suspect.deaths)
+        return Judgement("replay", deaths=suspect.deaths)
+
+    def task_died(self, task: int, cause: Cause, *, careful: bool) -> Judgement:
+        """A worker died of ``cause`` while it worked on a whole task, so that no single sample is known."""
+        deaths = self._tasks[task] = self._tasks.get(task, 0) + 1
+        limit = self.poison_after + 1
+        if cause in ("killed", "unknown", "memory"):
+            limit += OUTSIDE_TRIALS
+        if careful and deaths >= limit:
+            del self._tasks[task]
+            return Judgement("condemn", refund=deaths, deaths=deaths)
+        return Judgement("careful", deaths=deaths)
+
+    def acquit(self, key: Key) -> None:
+        """The sample survived its trial: what was counted against it is forgotten."""
+        self._samples.pop(key, None)
+
+    def arrived(self, task: int) -> None:
+        """The task came back, so nothing in it kills for certain."""
+        self._tasks.pop(task, None)
+
+    def deaths_of(self, key: Key) -> int:
+        """Deaths counted against a sample that has been neither convicted nor acquitted."""
+        suspect = self._samples.get(key)
+        return suspect.deaths + suspect.memory_deaths if suspect else 0

@@ -1,0 +1,53 @@
+"""One canonical, hashable, JSON-able key per index, so that 7, ``np.int64(7)`` and ``tensor(7)`` are one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["Key", "as_list", "index_key"]
+
+Key = int | str
+
+
+def index_key(index: Any) -> Key:
+    """The canonical key of an index.
+
+    Integers of any kind (Python, NumPy, a tensor with one element) are their value. Strings, and sequences of indices,
+    get a prefix that keeps them apart from everything else. Any other object is known by its ``repr``, so an object
+    whose ``repr`` shows its address is a new sample in every process.
+    """
+    if isinstance(index, int):
+        return int(index)
+    if isinstance(index, str):
+        return "s:" + index
+    if isinstance(index, (tuple, list)):
+        return "t:[" + ",".join(str(index_key(part)) for part in index) + "]"
+    item = getattr(index, "item", None)
+    if callable(item) and getattr(index, "shape", None) in ((), (1,)):
+        value = item()
+        if isinstance(value, (int, str)):
+            return index_key(value)
+    try:
+        return "r:" + repr(index)
+    except Exception:  # a user's __repr__
+        return f"r:<{type(index).__qualname__}>"
+
+
+def as_list(indices: Any, *, batched: bool) -> list[Any]:
+    """The indices of a task, one per sample; empty where a batch sampler yielded something that has no samples."""
+    if not batched:
+        return [indices]
+    if isinstance(indices, (list, tuple)):
+        return list(indices)
+    try:
+        return list(indices)
+    except Exception:  # the dataset may still know what to do with it
+        return []
+
+
+def positions_of(indices: Sequence[Any], known: frozenset[Key] | set[Key]) -> tuple[int, ...]:
+    """Where ``indices`` hold a sample whose key is in ``known``."""
+    if not known:
+        return ()
+    return tuple(p for p, index in enumerate(indices) if index_key(index) in known)

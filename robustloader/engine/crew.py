@@ -1,0 +1,396 @@
+"""The workers of one iterator as a crew: who is there, who comes back when, how many there may be.
+
+Decides with the pure rules of ``decisions`` and acts through the pool. Knows nothing about batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustloader.decisions.blame import Cause
+from robustloader.decisions.budgets import BATCHES_PER_CREDIT, RestartBudget
+from robustloader.decisions.keys import Key
+from robustloader.decisions.ledger import Task
+from robustloader.engine.pool import Died, Pool, Worker
+from robustloader.errors import RestartBudgetError, WorkerCrashError
+from robustloader.events import Event, PoolHealed, PoolShrunk, WorkerCrashed, WorkerHung, WorkerRestarted
+from robustloader.policies import RecoveryPolicy
+from robustloader.system import host
+from robustloader.telemetry import EpochRecording
+
+__all__ = ["Crew", "Slot", "TrialCase"]
+
+logger = logging.getLogger("robustloader")
+
+_TAKES_TRAINER_ALONG: frozenset[Cause] = frozenset(("memory", "shared memory", "crash", "exit", "hang"))
+_HISTORY = 64
+
+
+@dataclass(slots=True, eq=False)
+class TrialCase:
+    """A suspected sample that waits for its trial, and the tasks that wait for the verdict."""
+
+    key: Key
+    index: Any
+    position: int
+    task: Task
+    waiting: list[Task]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """The place of one worker id.
+
+    Attributes:
+        state: "live" (there is a process), "waiting" (for its restart), "starting" (off the calling thread),
+            "retired" (the pool has shrunk).
+        streak: deaths in a row without a finished task between them.
+        trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
+        ended, batches, orders: iterable only. Whether this shard has ended, how many of its batches have arrived, and
+            tasks to be sent once there is a process.
+    """
+
+    worker_id: int
+    worker: Worker | None = None
+    incarnation: int = 0
+    state: str = "waiting"
+    due_ns: int = 0
+    waited_s: float = 0.0
+    streak: int = 0
+    trials: deque[TrialCase] = field(default_factory=deque)
+    trial: TrialCase | None = None
+    ended: bool = False
+    batches: int = 0
+    orders: deque[Task] = field(default_factory=deque)
+
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether new tasks may go to this slot's process now."""
+        return self.state == "live" and self.trial is None and not self.trials
+
+
+class Crew:
+    """Slots, restart budget and pool size of one iterator.
+
+    Args:
+        details: what a worker's setup needs beyond its ids, for a (re)start: ``(slot) -> keyword arguments``.
+        policy: None recovers nothing.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        num_workers: int,
+        policy: RecoveryPolicy | None,
+        timeout_s: float,
+        details: Callable[[Slot], dict[str, Any]],
+    ) -> None:
+        self.pool = pool
+        self.policy = policy
+        self.size = num_workers
+        self.slots = [Slot(worker_id) for worker_id in range(num_workers)]
+        self.history: deque[Event] = deque(maxlen=_HISTORY)
+        self.recording: EpochRecording
+        self._details = details
+        self._deaths: list[tuple[Cause, Key | None]] = []
+        self._oom_kills = host.memory_kills()
+        self._last_tick_ns = 0
+        self._since_shrink = 0
+        if policy is not None:
+            self.budget = RestartBudget(
+                max_restarts=policy.max_restarts, backoff_s=policy.backoff_s, max_backoff_s=policy.max_backoff_s
+            )
+            limits = [limit for limit in (policy.hang_after_s, timeout_s or None) if limit is not None]
+            self.hang_after_s = min(limits) if limits else None
+        else:
+            self.hang_after_s = None
+
+    # --- who is there
+
+    @property
+    def live(self) -> list[Slot]:
+        """Slots whose process takes tasks."""
+        return [slot for slot in self.slots if slot.takes_tasks]
+
+    @property
+    def processes(self) -> int:
+        """Worker processes there are, or will be when their restart is due."""
+        return sum(slot.state != "retired" for slot in self.slots)
+
+    @property
+    def tick_s(self) -> float:
+        """How often, in seconds, deadlines should be looked at."""
+        return 1.0 if self.hang_after_s is None else min(1.0, max(0.02, self.hang_after_s / 8))
+
+    def start_all(self) -> BaseException | None:
+        """Start every slot's first process. What one raises comes back; those started before stay."""
+        for slot in self.slots:
+            try:
+                slot.worker = self.pool.start(slot.worker_id, slot.incarnation, **self._details(slot))
+            except Exception as error:
+                return error
+            slot.state = "live"
+        return None
+
+    def slot_of(self, worker: Worker) -> Slot:
+        """The slot a worker belongs to."""
+        return self.slots[worker.worker_id]
+
+    def emit(self, event: Event) -> None:
+        """Tell the sinks, and remember it for an error's history."""
+        self.history.append(event)
+        self.recording.emit(event)
+
+    # --- a death
+
+    def account(self, died: Died) -> Cause:
+        """Why a worker died."""
+        reason = died.worker.killed_for
+        code = died.exitcode
+        kills, self._oom_kills = self._oom_kills, host.memory_kills()
+        if reason == "hang":
+            return "hang"
+        if reason == "start":
+            return "start"
+        if code is None:
+            return "unknown"
+        if code == -signal.SIGKILL:
+            return "memory" if self._oom_kills > kills else "killed"
+        if code == -signal.SIGBUS:
+            return "shared memory"
+        if code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
+            return "killed"
+        return "crash" if code < 0 else "exit"
+
+    def report_death(self, died: Died, cause: Cause, index: Any, tasks: int) -> WorkerCrashed:
+        """Emit what is known about a death."""
+        worker, reading = died.worker, died.reading
+        event = WorkerCrashed(
+            epoch=self.recording.epoch,
+            worker_id=worker.worker_id,
+            incarnation=worker.incarnation,
+            pid=worker.pid,
+            exitcode=died.exitcode,
+            signal=host.signal_name(died.exitcode),
+            cause=cause,
+            phase=reading.phase,
+            index=index,
+            tasks=tasks,
+        )
+        self.emit(event)
+        return event
+
+    def vacate(self, slot: Slot) -> None:
+        """The slot's process is gone."""
+        worker = slot.worker
+        if worker is not None and worker.finished:
+            slot.streak = 0
+        slot.worker = None
+        slot.streak += 1
+        slot.incarnation += 1
+
+    def spend(self, cause: Cause, key: Key | None) -> bool:
+        """Book a death; whether there is credit for a restart."""
+        self._deaths.append((cause, key))
+        return self.budget.spend() and cause != "memory"
+
+    def forgive(self, key: Key, deaths: int) -> None:
+        """A sample was convicted: its deaths are explained and will not come again."""
+        self.budget.refund(deaths)
+        self._deaths = [death for death in self._deaths if death[1] != key]
+
+    def schedule(self, slot: Slot) -> None:
+        """Restart the slot's worker when its backoff is over."""
+        slot.state = "waiting"
+        slot.waited_s = self.budget.delay_s(slot.streak)
+        slot.due_ns = time.monotonic_ns() + int(slot.waited_s * 1e9)
+
+    def retire(self, slot: Slot, reason: str) -> None:
+        """The pool goes on without this slot."""
+        slot.state = "retired"
+        self.size -= 1
+        self._since_shrink = 0
+        self.emit(PoolShrunk(epoch=self.recording.epoch, workers=self.size, reason=reason))
+        logger.warning("the pool shrank to %d workers: %s", self.size, reason)
+
+    def retire_all(self, reason: str) -> None:
+        """No workers any more: the training process loads from now on."""
+        for slot in self.slots:
+            slot.state = "retired"
+            if slot.worker is not None:
+                self.pool.dismiss(slot.worker)
+                slot.worker = None
+        self.size = 0
+        self.emit(PoolShrunk(epoch=self.recording.epoch, workers=0, reason=reason))
+        logger.warning("the training process loads the rest of the epoch itself: %s", reason)
+
+    @property
+    def safe_in_process(self) -> bool:
+        """Whether what killed the workers would leave the training process alone."""
+        return not any(cause in _TAKES_TRAINER_ALONG for cause, _ in self._deaths)
+
+    def delivered(self) -> None:
+        """A batch was delivered: credit comes back, and one day the pool grows again."""
+        if self.policy is None:
+            return
+        self.budget.delivered()
+        self._since_shrink += 1
+        if self._since_shrink >= BATCHES_PER_CREDIT * max(1, self.policy.max_restarts):
+            self._since_shrink = 0
+            if self.budget.full:
+                self._deaths.clear()
+                self._heal()
+
+    def _heal(self) -> None:
+        if not 0 < self.size < len(self.slots):
+            return
+        slot = next(slot for slot in self.slots if slot.state == "retired")
+        self.size += 1
+        slot.streak = 0
+        self.schedule(slot)
+        self.emit(PoolHealed(epoch=self.recording.epoch, workers=self.size))
+
+    # --- time passes
+
+    def next_due_s(self) -> float:
+        """Seconds until something here wants to be looked at."""
+        wait = self.tick_s
+        now = time.monotonic_ns()
+        for slot in self.slots:
+            if slot.state == "waiting":
+                wait = min(wait, max(0.0, (slot.due_ns - now) / 1e9))
+        return wait
+
+    def start_due(self) -> None:
+        """Start the processes whose time has come."""
+        now = time.monotonic_ns()
+        for slot in self.slots:
+            if slot.state == "waiting" and slot.due_ns <= now:
+                slot.state = "starting"
+                self.pool.start_aside(slot.worker_id, slot.incarnation, **self._details(slot))
+
+    def arrived(self, worker: Worker) -> Slot:
+        """A process that was started aside is there."""
+        slot = self.slot_of(worker)
+        slot.worker = worker
+        slot.state = "live"
+        self.emit(
+            WorkerRestarted(
+                epoch=self.recording.epoch,
+                worker_id=worker.worker_id,
+                incarnation=worker.incarnation,
+                pid=worker.pid,
+                waited_s=slot.waited_s,
+            )
+        )
+        return slot
+
+    def begin_wait(self) -> None:
+        """The trainer begins to wait: silence counts from here on, not while it computed."""
+        self._last_tick_ns = time.monotonic_ns()
+
+    def watch(self, name_sample: Callable[[Worker], Any]) -> None:
+        """Look at deadlines: kill what hangs, report what stalls. ``name_sample`` tells what a worker has in hand."""
+        policy = self.policy
+        now = time.monotonic_ns()
+        passed_s = (now - self._last_tick_ns) / 1e9
+        if policy is None or passed_s < self.tick_s / 2:
+            return
+        self._last_tick_ns = now
+        passed_s = min(passed_s, 2 * self.tick_s)  # a longer gap means that this process itself was stopped
+        for worker in self.pool.workers:
+            if worker.dismissed or worker.killed_for:
+                continue
+            if not worker.ready:
+                self._watch_start(worker, policy, now)
+                continue
+            reading = worker.beacon.read()
+            if reading.phase == "idle" or reading.started_ns != worker.silent_since:
+                worker.silent_since, worker.silent_s, worker.reported = reading.started_ns, 0.0, False
+                continue
+            worker.silent_s += passed_s
+            limit = self.hang_after_s
+            if limit is not None and worker.silent_s > limit * max(1, reading.count):
+                self._kill_hung(worker, name_sample(worker))
+            elif policy.stall_report_s is not None and worker.silent_s > policy.stall_report_s and not worker.reported:
+                worker.reported = True
+                logger.warning(
+                    "worker %d (pid %s) has been in phase %r for %.0f s, sample index %r; it is left alone",
+                    worker.worker_id,
+                    worker.pid,
+                    reading.phase,
+                    worker.silent_s,
+                    name_sample(worker),
+                )
+
+    def _watch_start(self, worker: Worker, policy: RecoveryPolicy, now: int) -> None:
+        limit = policy.start_timeout_s
+        if limit is not None and now - worker.started_ns > limit * 1e9:
+            logger.warning("worker %d (pid %s) was not ready after %g s", worker.worker_id, worker.pid, limit)
+            worker.kill("start")
+
+    def _kill_hung(self, worker: Worker, index: Any) -> None:
+        stack = worker.take_stacks()
+        reading = worker.beacon.read()
+        worker.kill("hang")
+        self.emit(
+            WorkerHung(
+                epoch=self.recording.epoch,
+                worker_id=worker.worker_id,
+                incarnation=worker.incarnation,
+                pid=worker.pid,
+                phase=reading.phase,
+                index=index,
+                silent_s=worker.silent_s,
+                stack=stack,
+            )
+        )
+
+    # --- errors
+
+    def crash_error(self, event: WorkerCrashed) -> WorkerCrashError:
+        """What a death is without recovery, in words that users of torch search for."""
+        hint = {
+            "memory": "The kernel's memory killer took it: use fewer workers, a smaller prefetch_factor or more memory.",
+            "shared memory": "It is possible that dataloader's workers are out of shared memory. "
+            "Please try to raise your shared memory limit.",
+            "crash": "Native code crashed while loading: try the sample alone, outside the loader.",
+            "exit": "Code in the dataset ended the process.",
+        }.get(event.cause, "Something outside the program may have killed it.")
+        code = event.exitcode
+        if code is not None and code < 0:
+            how = f"is killed by signal: {signal.strsignal(-code)}."
+        else:
+            how = f"exited unexpectedly with exit code {code}."
+        where = f" It had sample index {event.index!r} in hand." if event.index is not None else ""
+        return WorkerCrashError(
+            f"DataLoader worker (pid {event.pid}) {how} DataLoader worker (pid(s) {event.pid}) exited unexpectedly."
+            f"{where} {hint} RecoveryPolicy() restarts workers and replays what they held.",
+            worker_id=event.worker_id,
+            pid=event.pid,
+            exitcode=code,
+            signal=event.signal,
+            index=event.index,
+            hint=hint,
+        )
+
+    def budget_error(self, reason: str) -> RestartBudgetError:
+        """Workers kept dying, and there is no way on."""
+        steps = "\n".join(f"  {_line(event)}" for event in self.history)
+        return RestartBudgetError(f"{reason} What happened:\n{steps}", history=tuple(self.history))
+
+
+def _line(event: Event) -> str:
+    facts = {
+        name: value
+        for name, value in vars(event).items()
+        if name not in ("time", "epoch", "stack") and value is not None
+    }
+    return f"{type(event).__name__}({', '.join(f'{name}={value!r}' for name, value in facts.items())})"

@@ -1,0 +1,209 @@
+"""Faults as the training process meets them: recorded, counted against the budget, warned of once, raised if need be."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from robustloader.decisions.budgets import FaultBudget
+from robustloader.decisions.keys import Key
+from robustloader.engine.quarantine import Quarantine
+from robustloader.errors import FaultBudgetError, RobustLoaderWarning, SampleError
+from robustloader.events import FaultRecord, SampleReplaced, ShardEnded
+from robustloader.policies import FaultPolicy
+from robustloader.system import torch_private
+from robustloader.telemetry import EpochRecording
+from robustloader.transport.messages import Fault, Raised, Report
+
+__all__ = ["FaultDesk", "rebuild"]
+
+_RECORDS_IN_ERROR = 32
+
+
+class FaultDesk:
+    """One per loader: what has failed so far, over all its epochs and iterators.
+
+    Runs in the training process, in the thread that calls ``next()``.
+    """
+
+    def __init__(self, policy: FaultPolicy) -> None:
+        self.policy = policy
+        self.quarantine = Quarantine(policy.quarantine)
+        self.budget = FaultBudget(burst=policy.burst, max_fraction=policy.max_fraction)
+        self._first: list[FaultRecord] = []
+        self._warned: set[str] = set()
+        self._commonest: Counter[str] = Counter()
+
+    @property
+    def known_bad(self) -> set[Key]:
+        """Keys of the samples that are not to be fetched."""
+        return self.quarantine.keys
+
+    @property
+    def repairs(self) -> bool:
+        """Whether samples may be replaced, so that tasks need spares."""
+        return self.policy.action != "raise" or bool(self.known_bad)
+
+    def take(
+        self,
+        report: Report | None,
+        recording: EpochRecording,
+        *,
+        task: int,
+        worker_id: int | None,
+        pid: int | None,
+        batches: int = 0,
+    ) -> None:
+        """Enter what a worker reported about one task.
+
+        Raises:
+            FaultBudgetError: too many samples have failed.
+        """
+        if report is None:
+            return
+        for fault in report.faults:
+            self.enter(fault, recording, task=task, worker_id=worker_id, pid=pid)
+        for position, (wanted, used) in report.replaced.items():
+            recording.emit(
+                SampleReplaced(epoch=recording.epoch, task=task, position=position, wanted=wanted, used=used)
+            )
+        if report.ended:
+            recording.emit(
+                ShardEnded(epoch=recording.epoch, worker_id=worker_id or 0, batches=batches, reason=report.ended)
+            )
+            self._warn(
+                "shard",
+                f"the share of worker {worker_id or 0} of the iterable dataset ended early, after {batches} batches: "
+                f"{report.ended}. What it would have yielded is missing from this epoch",
+            )
+        self.check()
+
+    def enter(
+        self, fault: Fault, recording: EpochRecording, *, task: int, worker_id: int | None, pid: int | None
+    ) -> None:
+        """Record one fault."""
+        record = FaultRecord(
+            kind=fault.kind,
+            index=fault.index,
+            error_type=fault.error_type,
+            message=fault.message,
+            traceback=fault.traceback,
+            worker_id=worker_id,
+            pid=os.getpid() if pid is None else pid,
+            epoch=recording.epoch,
+            task=task,
+            attempts=fault.attempts,
+            action=fault.action,
+            replacement=fault.replacement,
+        )
+        self.enter_record(record, recording, transient=fault.transient)
+
+    def enter_record(self, record: FaultRecord, recording: EpochRecording, *, transient: bool = False) -> None:
+        """Record one fault that is already described."""
+        recording.fault(record)
+        if record.action in ("retried", "quarantined") and record.kind != "poison":
+            return
+        if record.action != "raised":
+            self.budget.faulted()
+            self._commonest[f"{record.error_type or record.kind}"] += 1
+            if len(self._first) < _RECORDS_IN_ERROR:
+                self._first.append(record)
+            if record.kind == "poison":
+                self.quarantine.add(record.index)
+            # What failed in passing may load tomorrow: only samples that are bad by themselves are left out for good.
+            if record.index is not None and not transient:
+                self.quarantine.record(record)
+            self._warn(
+                record.kind,
+                f"sample {_text(record.index)} was {record.action}: {record.error_type or record.kind}: "
+                f"{_text(record.message, plain=True)} (worker {record.worker_id}, epoch {record.epoch}, task "
+                f"{record.task}). Further faults of kind {record.kind!r} are only recorded: see loader.fault_log",
+            )
+
+    def left_out(self, indices: Iterable[Any], recording: EpochRecording, *, task: int) -> None:
+        """These samples are known to be bad and were not fetched."""
+        for index in indices:
+            recording.fault(
+                FaultRecord(kind="exception", index=index, epoch=recording.epoch, task=task, action="quarantined")
+            )
+
+    def check(self) -> None:
+        """Raise when too many samples have failed."""
+        budget = self.budget
+        if self.policy.action == "raise" or not budget.exceeded:
+            return
+        common = ", ".join(f"{name} ({count})" for name, count in self._commonest.most_common(3))
+        traces = "\n".join(record.traceback for record in self._first[:2] if record.traceback)
+        raise FaultBudgetError(
+            f"{budget.faults} of {budget.samples} samples failed, but FaultPolicy(burst={self.policy.burst}, "
+            f"max_fraction={self.policy.max_fraction}) allows {budget.allowed}. Commonest: {common}. "
+            f"Mend the data, or raise burst or max_fraction. First tracebacks:\n{traces}",
+            faults=budget.faults,
+            samples=budget.samples,
+            records=self._first,
+        )
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, RobustLoaderWarning, stacklevel=2)
+
+
+def rebuild(raised: Raised, *, index: Any, worker_id: int | None, pid: int | None) -> Exception:
+    """The user's exception again, with torch's wording and a note on where it came from.
+
+    Its own type where that can be imported and built from one text; :class:`SampleError` otherwise, and for what would
+    end the loop or the program (``StopIteration``, ``SystemExit``, ``KeyboardInterrupt``).
+
+    *Source*: ``ExceptionWrapper.reraise`` in ``torch/_utils.py``, torch 2.13, for the wording.
+    """
+    name = raised.error_type.rpartition(".")[2]
+    text = f"Caught {name} {raised.where}.\nOriginal {raised.traceback}"
+    error = _build(raised.type_pickle, text)
+    if error is None:
+        error = SampleError(text, index=index, worker_id=worker_id, error_type=raised.error_type)
+    if index is not None or worker_id is not None:
+        place = "the training process" if worker_id is None else f"worker {worker_id} (pid {pid})"
+        error.add_note(f"[robustloader] sample index {_text(index)}, in {place}")
+    try:
+        shown = str(error)
+    except BaseException:
+        shown = ""
+    if raised.message not in shown:
+        error.add_note(f"[robustloader] {text}")
+    return error
+
+
+def _build(type_pickle: bytes | None, text: str) -> Exception | None:
+    if type_pickle is None:
+        return None
+    try:
+        kind = pickle.loads(type_pickle)
+    except Exception:  # importing the user's module may do anything
+        return None
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(
+        kind, (StopIteration, StopAsyncIteration)
+    ):
+        return None
+    message = torch_private.key_error_message(text) if kind is KeyError else text
+    try:
+        error = kind(message=message) if getattr(kind, "message", None) else kind(message)
+    except BaseException:
+        try:
+            error = kind(message)
+        except BaseException:
+            return None
+    return error if type(error) is kind else None
+
+
+def _text(value: Any, *, plain: bool = False) -> str:
+    try:
+        text = str(value) if plain else repr(value)
+    except Exception:  # a user's __repr__
+        text = f"<{type(value).__qualname__}>"
+    return text if len(text) <= 200 else text[:197] + "..."
+

@@ -1,0 +1,408 @@
+"""The worker processes of one iterator, as processes: start them, wait for what they say or for their end, stop them.
+
+What to do about it is decided elsewhere. Everything that signals, sends or closes is guarded by the owner's pid: a
+forked copy of the training process must not touch the original's workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pickle import PicklingError
+from typing import Any, NamedTuple
+
+from robustloader.system import host
+from robustloader.transport.channel import Channel, Frame, channel_pair
+from robustloader.transport.codec import Parcel
+from robustloader.worker.beacon import INIT, Beacon, Reading
+from robustloader.worker.process import STACK_SIGNAL, Setup, run_worker
+
+__all__ = ["Died", "Happening", "NotStarted", "Pool", "Said", "Started", "Worker"]
+
+STOP_WITHIN_S = 5.0
+_EOF_GRACE_S = 1.0
+_STACK_WAIT_S = 1.0
+
+
+class Worker:
+    """One incarnation of one worker process, as the training process sees it.
+
+    Attributes:
+        ready: it has said :class:`~robustloader.transport.messages.Ready`.
+        finished: tasks that came back from it.
+        dismissed: it was asked to leave; its end is expected.
+        killed_for: why this process killed it ("hang", "start", "recycled"), or "".
+        silent_s: how long it has been in one phase while the trainer waited, in seconds.
+    """
+
+    def __init__(self, worker_id: int, incarnation: int) -> None:
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        self.page = host.SharedPage()
+        self.beacon = Beacon(self.page)
+        self.beacon.enter(INIT)
+        self.lifeline = host.Lifeline()
+        self.stacks_fd = os.memfd_create("robustloader-stacks")
+        self.channel, self._their_end = channel_pair()
+        self.process: Any = None
+        self.pidfd: int | None = None
+        self.started_ns = time.monotonic_ns()
+        self.ready = False
+        self.finished = 0
+        self.dismissed = False
+        self.killed_for = ""
+        self.gone_ns = 0
+        self.silent_s = 0.0
+        self.silent_since = 0
+        self.reported = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None before the start."""
+        pid: int | None = self.process.pid if self.process is not None else None
+        return pid
+
+    def start(self, context: Any, make_setup: Callable[..., Setup], **details: Any) -> None:
+        """Start the process. May block for as long as pickling and a spawned interpreter's start take."""
+        try:
+            setup = make_setup(
+                end=self._their_end,
+                page=self.page,
+                lifeline=host.InheritedFd(self.lifeline.read_fd),
+                stacks=host.InheritedFd(self.stacks_fd),
+                worker_id=self.worker_id,
+                incarnation=self.incarnation,
+                **details,
+            )
+            process = context.Process(target=run_worker, args=(setup,))
+            process.daemon = True
+            process.start()
+            self.process = process
+            self.pidfd = host.open_pidfd(process.pid)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._their_end.close()
+            self.lifeline.hand_over()
+            self.page.hand_over()
+
+    def close(self) -> None:
+        """Give back every descriptor. Closing the lifeline ends the process if it still lives."""
+        self.channel.close()
+        self.lifeline.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+        if self.stacks_fd >= 0:
+            os.close(self.stacks_fd)
+            self.stacks_fd = -1
+
+    def kill(self, reason: str = "") -> None:
+        """SIGKILL to the worker and the processes it started."""
+        self.killed_for = self.killed_for or reason
+        pid = self.pid
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+        self.kill_group()
+
+    def kill_group(self) -> None:
+        """SIGKILL to what is left of the worker's process group; call it before the worker is reaped."""
+        pid = self.pid
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if pid is not None and os.getpgid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
+
+    def take_stacks(self) -> str:
+        """The worker's Python stacks as text, or what can be had of them within a second."""
+        pid = self.pid
+        if pid is None or not self.ready:
+            return ""
+        size = os.fstat(self.stacks_fd).st_size
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, STACK_SIGNAL)
+        deadline = time.monotonic() + _STACK_WAIT_S
+        seen = size
+        # faulthandler writes from a signal handler and says nothing when done: two equal sizes mean it is.
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            now = os.fstat(self.stacks_fd).st_size
+            if now > size and now == seen:
+                break
+            seen = now
+        return os.pread(self.stacks_fd, 65_536, size).decode(errors="replace")
+
+    def exitcode(self, wait_s: float) -> int | None:
+        """Reap the process; None where its exit status cannot be had."""
+        self.process.join(wait_s)
+        code: int | None = self.process.exitcode
+        return code
+
+
+class Said(NamedTuple):
+    """A worker sent a frame."""
+
+    worker: Worker
+    frame: Frame
+
+
+class Died(NamedTuple):
+    """A worker process ended. ``reading`` is the last its beacon said; everything it had sent was handed out before."""
+
+    worker: Worker
+    exitcode: int | None
+    reading: Reading
+
+
+class Started(NamedTuple):
+    """A worker that was started off the calling thread is there."""
+
+    worker: Worker
+
+
+class NotStarted(NamedTuple):
+    """A worker could not be started."""
+
+    worker: Worker
+    error: BaseException
+
+
+Happening = Said | Died | Started | NotStarted
+
+
+@dataclass
+class _Shared:
+    """What the starter threads and the owner share."""
+
+    outcomes: deque[Started | NotStarted]
+    lock: threading.Lock
+    closed: bool = False
+
+
+class Pool:
+    """The processes. Used by one thread at a time, whichever calls ``next()``.
+
+    Args:
+        context: a multiprocessing context, or the ``torch.multiprocessing`` module.
+        make_setup: makes a worker's :class:`Setup` from what belongs to the process.
+    """
+
+    def __init__(self, context: Any, make_setup: Callable[..., Setup]) -> None:
+        self._context = context
+        self._make_setup = make_setup
+        self._owner = os.getpid()
+        self._selector = selectors.DefaultSelector()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
+        self._shared = _Shared(deque(), threading.Lock())
+        self._starting = 0
+        self.workers: list[Worker] = []
+        self.stopped = False
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process made the pool (a forked copy did not)."""
+        return os.getpid() == self._owner
+
+    @property
+    def start_method(self) -> str:
+        """ "fork", "forkserver" or "spawn"."""
+        return str(self._context.get_start_method())
+
+    # --- starting
+
+    def start(self, worker_id: int, incarnation: int, **details: Any) -> Worker:
+        """Start a worker on the calling thread; raises what starting a process raises."""
+        worker = Worker(worker_id, incarnation)
+        try:
+            worker.start(self._context, self._make_setup, **details)
+        except (TypeError, AttributeError, PicklingError):
+            warnings.warn(
+                "Got pickle error when attempting to start a worker Process. "
+                "This might be because the worker Process arguments are not picklable. "
+                "Python 3.14+ changed the multiprocessing start method in non-Mac POSIX platforms "
+                "to 'forkserver', which requires the worker Process arguments to be picklable. "
+                "You can also try multiprocessing.set_start_method('fork').",
+                stacklevel=2,
+            )
+            raise
+        self._watch(worker)
+        return worker
+
+    def start_aside(self, worker_id: int, incarnation: int, **details: Any) -> Worker:
+        """Start a worker without holding up the calling thread where that takes long (spawn, forkserver).
+
+        ``wait`` tells how it went. A fork is quick, and forking from another thread would gain nothing.
+        """
+        worker = Worker(worker_id, incarnation)
+        if self.start_method == "fork":
+            self._start_now(worker, details)
+        else:
+            thread = threading.Thread(target=self._start_now, args=(worker, details), daemon=True)
+            thread.name = f"robustloader-start-{worker_id}"
+            thread.start()
+        self._starting += 1
+        return worker
+
+    def _start_now(self, worker: Worker, details: dict[str, Any]) -> None:
+        outcome: Started | NotStarted
+        try:
+            worker.start(self._context, self._make_setup, **details)
+            outcome = Started(worker)
+        except BaseException as error:
+            outcome = NotStarted(worker, error)
+        with self._shared.lock:
+            if self._shared.closed:
+                worker.kill()
+                worker.close()
+                return
+            self._shared.outcomes.append(outcome)
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _watch(self, worker: Worker) -> None:
+        self.workers.append(worker)
+        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+        death = worker.pidfd if worker.pidfd is not None else worker.process.sentinel
+        self._selector.register(death, selectors.EVENT_READ, worker)
+
+    def _unwatch(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        death = worker.pidfd if worker.pidfd is not None else worker.process.sentinel
+        for thing in (worker.channel, death):
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(thing)
+
+    # --- talking
+
+    def send(self, worker: Worker, message: Any, parcel: Parcel | None = None) -> None:
+        """Queue a message; never blocks."""
+        worker.channel.send(message, parcel)
+        self._watch_writing(worker)
+
+    def _watch_writing(self, worker: Worker) -> None:
+        if worker.channel.closed or worker.gone_ns:
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.backlog else 0)
+        if self._selector.get_key(worker.channel).events != events:
+            self._selector.modify(worker.channel, events, worker)
+
+    def wake(self) -> None:
+        """Let a ``wait`` under way return. Runs in any thread."""
+        with self._shared.lock:
+            if not self._shared.closed:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def wait(self, timeout_s: float | None) -> list[Happening]:
+        """What has happened, waiting up to ``timeout_s`` seconds (None: until something does)."""
+        happenings: list[Happening] = []
+        dead: list[Worker] = []
+        for key, events in self._selector.select(timeout_s):
+            worker = key.data
+            if worker is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake_fd)
+                happenings.extend(self._take_outcomes())
+            elif key.fileobj is not worker.channel:
+                dead.append(worker)
+            else:
+                if events & selectors.EVENT_WRITE:
+                    worker.channel.flush()
+                    self._watch_writing(worker)
+                if events & selectors.EVENT_READ:
+                    happenings.extend(self._read(worker))
+        for worker in self.workers:
+            if worker.gone_ns and time.monotonic_ns() - worker.gone_ns > _EOF_GRACE_S * 1e9:
+                worker.kill()  # it lives, but nobody can talk with it
+        happenings.extend(self._bury(worker, happenings) for worker in dead)
+        return happenings
+
+    def _take_outcomes(self) -> list[Started | NotStarted]:
+        taken = []
+        while self._shared.outcomes:
+            outcome = self._shared.outcomes.popleft()
+            self._starting -= 1
+            if isinstance(outcome, Started):
+                self._watch(outcome.worker)
+            taken.append(outcome)
+        return taken
+
+    def _read(self, worker: Worker) -> list[Said]:
+        frames, gone = worker.channel.receive()
+        if gone and not worker.gone_ns:
+            worker.gone_ns = time.monotonic_ns()
+            self._selector.unregister(worker.channel)
+        return [Said(worker, frame) for frame in frames]
+
+    def _bury(self, worker: Worker, happenings: list[Happening]) -> Died:
+        """The process has ended: hand out what it still managed to send, then take leave of it."""
+        while not worker.gone_ns:
+            said = self._read(worker)
+            happenings.extend(said)
+            if not said:
+                break
+        reading = worker.beacon.read()
+        worker.kill_group()
+        exitcode = worker.exitcode(STOP_WITHIN_S)
+        self._unwatch(worker)
+        worker.close()
+        return Died(worker, exitcode, reading)
+
+    # --- stopping
+
+    def dismiss(self, worker: Worker) -> None:
+        """Ask one worker to leave when it is done with the task in hand; ``wait`` tells when it has."""
+        worker.dismissed = True
+        worker.beacon.dismiss()
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(worker.channel)
+        worker.gone_ns = worker.gone_ns or 1 << 62  # its silence is expected: no grace to count
+        worker.channel.close()
+
+    def stop(self) -> None:
+        """End all workers: ask, wait up to five seconds in all, then SIGKILL. Idempotent, silent, and without effect
+        in a process that does not own the pool."""
+        if self.stopped or not self.owned:
+            return
+        self.stopped = True
+        with self._shared.lock:
+            self._shared.closed = True
+            late = [outcome.worker for outcome in self._shared.outcomes if isinstance(outcome, Started)]
+        for worker in late:
+            worker.kill()
+        everyone = [*self.workers, *late]
+        for worker in everyone:
+            worker.beacon.dismiss()
+            worker.channel.close()  # a worker that waits for a task, or for us to read, wakes up
+        deadline = time.monotonic() + STOP_WITHIN_S
+        for worker in everyone:
+            self._await_end(worker, max(0.0, deadline - time.monotonic()))
+        for worker in everyone:
+            if worker.process.exitcode is None:
+                worker.kill()
+        for worker in everyone:
+            if worker.process.exitcode is None:
+                worker.process.join(1.0)  # one that cannot even be killed (a dead network mount) is left behind
+            worker.close()
+        self.workers.clear()
+        self._selector.close()
+        os.close(self._wake_fd)
+
+    @staticmethod
+    def _await_end(worker: Worker, timeout_s: float) -> None:
+        if worker.pidfd is None:
+            worker.process.join(timeout_s)
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(worker.pidfd, selectors.EVENT_READ)
+            if selector.select(timeout_s):
+                worker.process.join(1.0)

@@ -1,0 +1,107 @@
+"""The dead-letter file: samples that failed for good, one JSON object a line, kept across runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from typing import Any
+
+from robustloader.decisions.keys import Key, index_key
+from robustloader.errors import OptionError, RobustLoaderWarning
+from robustloader.events import FaultRecord
+
+__all__ = ["Quarantine"]
+
+SCHEMA = 1
+
+
+class Quarantine:
+    """The keys of samples that must not be fetched, and the file behind them, if there is one.
+
+    Args:
+        path: the file; read now, appended to later, never rewritten. It may not exist yet, its folder must.
+
+    Raises:
+        OptionError: the file cannot be read, or a line of it is not one of ours. The file is left as it is.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = None if path is None else os.fspath(path)
+        self._writable = True
+        self.keys: set[Key] = set()
+        if self._path is not None:
+            self.keys.update(_read(self._path))
+
+    def add(self, index: Any) -> None:
+        """Never fetch this sample again in this run."""
+        self.keys.add(index_key(index))
+
+    def record(self, fault: FaultRecord) -> None:
+        """Never fetch this sample again in this run or, through the file, in a later one."""
+        if self._path is None:
+            return
+        key = index_key(fault.index)
+        if key in self.keys and fault.kind != "poison":
+            return
+        self.keys.add(key)
+        line = json.dumps(
+            {
+                "schema": SCHEMA,
+                "key": key,
+                "kind": fault.kind,
+                "error_type": fault.error_type,
+                "message": fault.message,
+                "epoch": fault.epoch,
+                "time": fault.time,
+            }
+        )
+        try:
+            # One write in append mode: several ranks may share the file, and a kill leaves no half line.
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(fd, line.encode() + b"\n")
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if self._writable:
+                self._writable = False
+                warnings.warn(
+                    f"cannot append to the quarantine file {self._path!r} ({error}); "
+                    "bad samples are still left out in this run, but the next run will meet them again",
+                    RobustLoaderWarning,
+                    stacklevel=2,
+                )
+
+
+def _read(path: str) -> set[Key]:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise OptionError("quarantine", path, f"a path in an existing folder ({folder!r} does not exist)")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except FileNotFoundError:
+        return set()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError("quarantine", path, f"a readable JSON-lines file ({error})") from error
+    keys: set[Key] = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            schema, key = entry["schema"], entry["key"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise OptionError(
+                "quarantine",
+                path,
+                f"a quarantine file written by this package, but its line {number} is not "
+                f"({type(error).__name__}: {error}); mend or move the file, it was not changed",
+            ) from error
+        if schema != SCHEMA or not isinstance(key, (int, str)) or isinstance(key, bool):
+            raise OptionError(
+                "quarantine", path, f"a quarantine file of schema {SCHEMA}, but its line {number} is not; it was not changed"
+            )
+        keys.add(key)
+    return keys

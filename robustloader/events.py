@@ -1,0 +1,264 @@
+"""What happened: one frozen record per kind of event, and the protocol of those who want to hear of it.
+
+Events are made in the training process, in the thread that calls ``next()`` on the iterator, and handed to each sink
+there and then. Times are seconds since the epoch (``time.time()``), durations are in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import time as _time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from robustloader.telemetry.summary import EpochSummary
+
+__all__ = [
+    "BatchInfo",
+    "EpochFinished",
+    "Event",
+    "FaultAction",
+    "FaultKind",
+    "FaultRecord",
+    "MemoryLow",
+    "PoolHealed",
+    "PoolShrunk",
+    "SampleFaulted",
+    "SampleReplaced",
+    "ShardEnded",
+    "Sink",
+    "TaskReplayed",
+    "WorkerCrashed",
+    "WorkerHung",
+    "WorkerRecycled",
+    "WorkerRestarted",
+]
+
+FaultKind = Literal["exception", "crash", "hang", "poison", "collate", "unpicklable", "undecodable"]
+FaultAction = Literal["retried", "replaced", "skipped", "raised", "quarantined"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultRecord:
+    """One sample that failed, and what was done about it.
+
+    Attributes:
+        kind: what failed: the sample raised ("exception"), its worker died ("crash", and "poison" once it is proved
+            that this sample kills workers) or stayed silent ("hang"), ``collate_fn`` raised ("collate"), the result
+            could not be pickled ("unpicklable") or unpickled ("undecodable").
+        index: the sample's index, as the sampler yielded it; None for an iterable dataset.
+        error_type: qualified name of the exception type; empty for a crash.
+        message: ``str()`` of the exception, cut to 4,096 characters.
+        traceback: the traceback where it was raised, cut to 16,384 characters.
+        worker_id: the worker, or None for the training process.
+        pid: process id of the one who saw it.
+        epoch: counted from 0 for each loader.
+        task: number of the batch within the epoch, counted from 0.
+        attempts: how often the sample was tried.
+        signal: name of the signal that killed the worker, or None.
+        action: what was done: "retried" (and then it loaded), "replaced", "skipped", "raised", "quarantined" (known
+            bad from before, not fetched at all).
+        replacement: the index used instead, or None.
+        time: when it was recorded, seconds since the epoch.
+    """
+
+    kind: FaultKind
+    index: Any
+    error_type: str = ""
+    message: str = ""
+    traceback: str = ""
+    worker_id: int | None = None
+    pid: int | None = None
+    epoch: int = 0
+    task: int = 0
+    attempts: int = 1
+    signal: str | None = None
+    action: FaultAction = "raised"
+    replacement: Any = None
+    time: float = field(default_factory=_time.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchInfo:
+    """What the iterator's ``batch_info`` tells of the batch it returned last.
+
+    Attributes:
+        index: number of the batch within the epoch, from 0, in the order of the sampler.
+        indices: the indices that were really loaded, in the order of the batch; empty for an iterable dataset.
+        replaced: position in the sampler's batch → (index wanted, index used).
+        skipped: positions in the sampler's batch that were left out.
+        worker_id: the worker that loaded it; None for the training process.
+        attempts: how often it was given to a worker; more than 1 after a crash.
+        load_s: seconds the worker spent on it (samples and collate).
+    """
+
+    index: int
+    indices: tuple[Any, ...] = ()
+    replaced: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    skipped: tuple[int, ...] = ()
+    worker_id: int | None = None
+    attempts: int = 1
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events.
+
+    Attributes:
+        epoch: the loader's epoch, counted from 0.
+        time: seconds since the epoch (Unix time).
+    """
+
+    epoch: int = 0
+    time: float = field(default_factory=_time.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as a plain dict; ``event`` holds the class name."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFaulted(Event):
+    """A sample failed. ``fault`` is the full record; a sample that was retried and then loaded is told of as well."""
+
+    fault: FaultRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleReplaced(Event):
+    """Another sample took the place of one that could not be loaded: ``wanted`` and ``used`` are indices."""
+
+    task: int
+    position: int
+    wanted: Any
+    used: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerCrashed(Event):
+    """A worker process died.
+
+    Attributes:
+        cause: "memory" (the kernel's out-of-memory killer), "shared memory" (SIGBUS), "crash" (a signal such as
+            SIGSEGV or SIGABRT), "exit" (it called exit), "killed" (SIGKILL or SIGTERM from outside), "start" (never
+            became ready in time), "hang" (killed because it stayed silent) or "unknown".
+        phase: what it was doing, as its beacon said: "idle", "init", "item", "items", "collate" or "encode".
+        index: the sample it was loading, where one is known.
+        tasks: how many unfinished tasks it held, all of which are replayed.
+    """
+
+    worker_id: int
+    incarnation: int
+    pid: int | None
+    exitcode: int | None
+    signal: str | None
+    cause: str
+    phase: str
+    index: Any
+    tasks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerHung(Event):
+    """A worker stayed silent past its deadline and was killed. ``stack`` holds its Python stacks as text."""
+
+    worker_id: int
+    incarnation: int
+    pid: int | None
+    phase: str
+    index: Any
+    silent_s: float
+    stack: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRestarted(Event):
+    """A new process took a dead worker's place after ``waited_s`` seconds of backoff."""
+
+    worker_id: int
+    incarnation: int
+    pid: int | None
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskReplayed(Event):
+    """A task that a dead worker had not finished was given out again. ``attempt`` counts from 2."""
+
+    task: int
+    worker_id: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolShrunk(Event):
+    """Fewer workers load from now on; ``workers=0`` means the training process loads the rest itself."""
+
+    workers: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolHealed(Event):
+    """The pool grew back to ``workers`` processes."""
+
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRecycled(Event):
+    """A worker was replaced between two tasks because it held more than ``limit_bytes``."""
+
+    worker_id: int
+    pid: int | None
+    used_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEnded(Event):
+    """One worker's share of an iterable dataset ended before its natural end, for ``reason``."""
+
+    worker_id: int
+    batches: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLow(Event):
+    """Less memory is free than the memory policy asks for."""
+
+    wanted_bytes: int
+    free_bytes: int
+    action: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochFinished(Event):
+    """An epoch ended, or its iterator was closed early (``summary.complete`` is False then)."""
+
+    summary: EpochSummary
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as a plain dict, with the summary as ``EpochSummary.to_dict`` gives it."""
+        return {
+            "event": type(self).__name__,
+            "epoch": self.epoch,
+            "time": self.time,
+            "summary": self.summary.to_dict(),
+        }
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Someone who wants to hear of events.
+
+    ``receive`` runs in the training process, in the thread that iterates, between two batches: it should return fast.
+    A sink that raises is dropped with one warning; training goes on.
+    """
+
+    def receive(self, event: Event) -> None:
+        """Take one event."""
+        ...

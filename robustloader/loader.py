@@ -1,0 +1,235 @@
+"""`RobustDataLoader`: torch's DataLoader for jobs that run for days."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar, get_args
+
+from torch.utils.data import Dataset, Sampler
+
+from robustloader.decisions.workers import AutoWorkers
+from robustloader.engine.faults import FaultDesk
+from robustloader.engine.inprocess import InProcessIterator
+from robustloader.engine.iterator import MultiprocessIterator
+from robustloader.engine.memory import check_memory
+from robustloader.engine.options import EngineOptions
+from robustloader.errors import OptionError
+from robustloader.policies import (
+    Action,
+    FaultPolicy,
+    MemoryPolicy,
+    RecoveryPolicy,
+    Seeding,
+    TelemetryPolicy,
+    Transport,
+    check_choice,
+)
+from robustloader.system import host, torch_private
+from robustloader.telemetry import EpochSummary, FaultLog, Recorder, Statistics
+
+__all__ = ["RobustDataLoader"]
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
+    """A drop-in for ``torch.utils.data.DataLoader`` that survives bad samples and dying workers.
+
+    All of torch's arguments, in torch's order and with torch's meaning, and these, by keyword only. With nothing
+    failing, the batches are those of torch's loader, bit for bit.
+
+    Args:
+        faults: what to do with a sample that raises: a :class:`FaultPolicy`, or one of "replace" and "skip" (with that
+            policy's other defaults) and "raise" (as torch: no retry, the first exception is the trainer's).
+        recovery: what to do when a worker dies or hangs: a :class:`RecoveryPolicy`; None raises, as torch does.
+        memory: what to do when memory runs short: a :class:`MemoryPolicy`; None does not look.
+        telemetry: what to tell, and whom: a :class:`TelemetryPolicy`; None keeps only plain counters.
+        seeding: "worker" gives torch's random streams. "batch" (map-style datasets) seeds Python, NumPy and torch
+            before each batch from the base seed, the epoch and the batch number, so that a batch is the same whoever
+            loads it, with any number of workers.
+        transport: how batches cross between processes: "pipe", or "auto", the best there is.
+        num_workers: besides torch's numbers, "auto": as many as there are processors to use, for all the ranks of
+            this machine (``LOCAL_WORLD_SIZE``) together.
+        kwargs: passed on to torch's constructor, for parameters that a newer torch may have.
+
+    *Runs in* the training process, in whichever thread calls ``iter`` and ``next``; one thread at a time per iterator.
+
+    Raises:
+        OptionError: one of our arguments is wrong; torch's own arguments raise torch's own errors.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[T_co],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: Any = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        faults: FaultPolicy | Action = "replace",
+        recovery: RecoveryPolicy | None = RecoveryPolicy(),  # noqa: B008 - frozen
+        memory: MemoryPolicy | None = MemoryPolicy(),  # noqa: B008 - frozen
+        telemetry: TelemetryPolicy | None = TelemetryPolicy(),  # noqa: B008 - frozen
+        seeding: Seeding = "worker",
+        transport: Transport = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(num_workers, AutoWorkers) or num_workers == "auto":  # type: ignore[comparison-overlap]
+            num_workers = AutoWorkers.resolve(host.usable_cpus(), os.environ.get("LOCAL_WORLD_SIZE"))
+        super().__init__(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+            in_order=in_order,
+            **kwargs,
+        )
+        # Frameworks rebuild loaders from their public attributes: each holds what the constructor takes.
+        self.faults = faults
+        self.recovery = recovery
+        self.memory = memory
+        self.telemetry = telemetry
+        self.seeding = seeding
+        self.transport = transport
+        check_policy("recovery", recovery, RecoveryPolicy)
+        check_policy("memory", memory, MemoryPolicy)
+        check_policy("telemetry", telemetry, TelemetryPolicy)
+        check_choice("seeding", seeding, get_args(Seeding))
+        check_choice("transport", transport, get_args(Transport))
+        self._desk = FaultDesk(fault_policy(faults))
+        self._recorder = Recorder(telemetry)
+        self._epoch = 0
+        self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    # --- iterating
+
+    def make_iterator(self) -> Any:
+        """A new iterator over one epoch; ``iter(loader)`` calls it."""
+        if torch_private.is_datapipe(self.dataset):
+            warn_datapipe()
+            return self.make_torch_iterator()
+        options = EngineOptions(
+            faults=self._desk.policy,
+            recovery=self.recovery,
+            seeding=self.seeding,
+            desk=self._desk,
+            recorder=self._recorder,
+            next_epoch=self._next_epoch,
+            iterable=torch_private.is_iterable(self),
+            batched=torch_private.auto_collation(self),
+            dataset=self.dataset,
+        )
+        iterator: InProcessIterator | MultiprocessIterator
+        if self.num_workers == 0:
+            iterator = InProcessIterator(self, options)
+        else:
+            self.check_worker_number_rationality()
+            prefetch = check_memory(self.memory, self.prefetch_factor, self._recorder)
+            iterator = MultiprocessIterator(self, options, prefetch_factor=prefetch)
+        self._iterators.add(iterator)
+        return iterator
+
+    def _next_epoch(self) -> int:
+        epoch = self._epoch
+        self._epoch += 1
+        return epoch
+
+    # --- what happened
+
+    def summary(self, epoch: int = -1) -> EpochSummary:
+        """The summary of an epoch, counted from 0; by default of the one begun last.
+
+        ``print(loader.summary())`` shows a table. An epoch that still runs is told of as far as it got, with
+        ``complete=False``.
+
+        Raises:
+            IndexError: there is no such epoch (any more), or telemetry is off.
+        """
+        return self._recorder.summary(epoch)
+
+    @property
+    def summaries(self) -> tuple[EpochSummary, ...]:
+        """All kept summaries, oldest first; ``TelemetryPolicy.history`` says how many are kept."""
+        return self._recorder.summaries
+
+    def statistics(self) -> Statistics:
+        """Where the running epoch stands; cheap, at any time, from any thread."""
+        return self._recorder.statistics()
+
+    @property
+    def fault_log(self) -> FaultLog:
+        """Every sample that failed, oldest first, as far as they are kept."""
+        return self._recorder.fault_log
+
+    @property
+    def active_workers(self) -> int:
+        """Worker processes now alive, over all of this loader's iterators; 0 means that the training process loads."""
+        return sum(iterator.active_workers for iterator in list(self._iterators))
+
+    # --- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        # Iterators belong to this process and this object.
+        state["_iterator"] = None
+        state["_iterators"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["_iterators"] = weakref.WeakSet()
+
+
+def fault_policy(faults: FaultPolicy | Action) -> FaultPolicy:
+    """The policy that the ``faults`` argument stands for."""
+    if isinstance(faults, FaultPolicy):
+        return faults
+    if not isinstance(faults, str) or faults not in get_args(Action):
+        raise OptionError("faults", faults, "a FaultPolicy, or one of 'raise', 'skip', 'replace'")
+    return FaultPolicy(action="raise", retry=None) if faults == "raise" else FaultPolicy(action=faults)
+
+
+def check_policy(name: str, value: object, kind: type) -> None:
+    """Raise unless ``value`` is a ``kind`` or None."""
+    if value is not None and not isinstance(value, kind):
+        raise OptionError(name, value, f"a {kind.__name__}, or None to turn it off")
+
+
+def warn_datapipe() -> None:
+    """Say that DataPipes get torch's own iterator."""
+    import warnings
+
+    from robustloader.errors import RobustLoaderWarning
+
+    warnings.warn(
+        "the dataset is one of torch's (deprecated) DataPipes: torch's own iterator loads it, without capture, recovery "
+        "or telemetry",
+        RobustLoaderWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,1 @@
+"""Doors to what is not ours: torch's private names, and the operating system."""

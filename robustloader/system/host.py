@@ -1,0 +1,272 @@
+"""What the machine offers and how processes end: processors, memory, pidfds, lifelines, shared pages, exit codes.
+
+Everything reads ``/proc`` and ``/sys/fs/cgroup`` afresh at each call: limits change while a job runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import mmap
+import os
+import select
+import signal
+import weakref
+from multiprocessing import reduction
+from typing import Any
+
+import psutil
+
+__all__ = [
+    "Lifeline",
+    "SharedPage",
+    "close_in_forked_children",
+    "free_memory_bytes",
+    "hold_lifeline",
+    "memory_kills",
+    "open_pidfd",
+    "signal_name",
+    "usable_cpus",
+]
+
+_CGROUP = "/sys/fs/cgroup"
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+
+
+def usable_cpus() -> int:
+    """Processors this process may really use: its affinity, cut by the control group's quota, at least 1.
+
+    *Source*: cgroup v2 ``cpu.max``, https://docs.kernel.org/admin-guide/cgroup-v2.html; v1 ``cpu.cfs_quota_us``.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    for folder in _cgroup_folders(""):
+        words = _read(f"{folder}/cpu.max").split()
+        if len(words) == 2 and words[0].isdigit() and int(words[1]):
+            cpus = min(cpus, math.ceil(int(words[0]) / int(words[1])))
+    for folder in _cgroup_folders("cpu"):
+        quota, period = _read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    return max(1, cpus)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def free_memory_bytes() -> tuple[int, int]:
+    """``(free, limit)`` in bytes: of the tightest control group above this process, or of the host.
+
+    Page cache that the kernel can drop at once counts as free, as ``MemAvailable`` counts it.
+    """
+    memory = psutil.virtual_memory()
+    free, limit = int(memory.available), int(memory.total)
+    for folder in _cgroup_folders(""):
+        top, used = _read(f"{folder}/memory.max"), _read(f"{folder}/memory.current")
+        if top.isdigit() and used.isdigit():
+            held = int(used) - _counter(f"{folder}/memory.stat", "inactive_file")
+            free, limit = min((free, limit), (max(0, int(top) - held), int(top)))
+    for folder in _cgroup_folders("memory"):
+        top, used = _read(f"{folder}/memory.limit_in_bytes"), _read(f"{folder}/memory.usage_in_bytes")
+        if top.isdigit() and used.isdigit() and int(top) < memory.total:
+            held = int(used) - _counter(f"{folder}/memory.stat", "total_inactive_file")
+            free, limit = min((free, limit), (max(0, int(top) - held), int(top)))
+    return free, limit
+
+
+def memory_kills() -> int:
+    """How many processes the kernel's memory killer has taken: in our control groups, or on the host without any.
+
+    Only a rise between two readings means something.
+    *Source*: ``memory.events`` (cgroup v2), ``memory.oom_control`` (v1), ``oom_kill`` in ``/proc/vmstat``.
+    """
+    counts = [_counter(f"{folder}/memory.events", "oom_kill", -1) for folder in _cgroup_folders("")]
+    counts += [_counter(f"{folder}/memory.oom_control", "oom_kill", -1) for folder in _cgroup_folders("memory")]
+    known = [count for count in counts if count >= 0]
+    return sum(known) if known else max(0, _counter("/proc/vmstat", "oom_kill"))
+
+
+def prefer_to_be_killed() -> None:
+    """Tell the kernel to take this process before the training process when memory runs out."""
+    with contextlib.suppress(OSError, ValueError):
+        now = int(_read("/proc/self/oom_score_adj") or 0)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(str(min(1000, now + 200)))
+
+
+def _cgroup_folders(controller: str) -> list[str]:
+    """Folders of this process's control group and those above it; ``""`` means cgroup v2."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if controller in names.split(","):
+            root = f"{_CGROUP}/{controller}" if controller else _CGROUP
+            folders = []
+            while True:
+                folder = root + path.rstrip("/")
+                if os.path.isdir(folder):
+                    folders.append(folder)
+                if path in ("", "/"):
+                    return folders
+                path = os.path.dirname(path)
+    return []
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _counter(path: str, name: str, default: int = 0) -> int:
+    for line in _read(path).splitlines():
+        words = line.split()
+        if len(words) == 2 and words[0] == name:
+            return int(words[1])
+    return default
+
+
+# --- the end of a process ---------------------------------------------------------------------------------------------
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends; None where the system refuses it.
+
+    Unlike the sentinel of ``multiprocessing``, it does not stay silent while a child of the dead process lives.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
+
+
+def signal_name(exitcode: int | None) -> str | None:
+    """``"SIGKILL"`` for -9; None for an exit that was no signal."""
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+# --- things a forked child must let go of -----------------------------------------------------------------------------
+
+_closed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def close_in_forked_children(thing: Any) -> None:
+    """Call ``thing.close()`` first of all in every process forked from this one.
+
+    A worker forked later would otherwise hold the other workers' lifelines open, and they would outlive the trainer.
+    """
+    _closed_after_fork.add(thing)
+
+
+def _close_inherited() -> None:
+    for thing in list(_closed_after_fork):
+        thing.close()
+    _closed_after_fork.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+class Lifeline:
+    """A pipe that ties a worker's life to the training process, whatever the start method.
+
+    Only the training process holds the write end. When it is gone, however it went, the kernel closes it and signals
+    the read end's owner: the worker's process group, with SIGKILL. It reaches a worker stuck in C code and the
+    worker's own children. ``PR_SET_PDEATHSIG`` would not do: under forkserver the parent is the server, and under fork
+    it fires when the forking *thread* ends.
+    """
+
+    def __init__(self) -> None:
+        self.read_fd, self._write_fd = os.pipe()
+        close_in_forked_children(self)
+
+    def hand_over(self) -> None:
+        """Close the read end here: the worker has it."""
+        if self.read_fd >= 0:
+            os.close(self.read_fd)
+            self.read_fd = -1
+
+    def close(self) -> None:
+        """Let go of the write end. In the training process this ends the worker."""
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+        self.hand_over()
+
+
+def hold_lifeline(read_fd: int) -> None:
+    """In a worker: become a process group of its own that dies when the training process does.
+
+    *Source*: fcntl(2), "I/O availability signals": F_SETOWN with a negative value names a process group, F_SETSIG the
+    signal; pipe(7): closing the last write end makes the read end ready.
+    """
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    read_fd = os.dup(read_fd)  # under fork, the trainer's object for the other descriptor is collected here some day
+    fcntl.fcntl(read_fd, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(read_fd, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(read_fd, fcntl.F_SETFL, fcntl.fcntl(read_fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(read_fd, 0)
+    if poll.poll(0):  # the trainer was gone before the signal was armed
+        os._exit(1)
+
+
+class InheritedFd:
+    """A descriptor that survives the way to a worker process under fork, forkserver and spawn."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def take(self) -> int:
+        """The descriptor's number in this process; call once."""
+        return self._fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_fd, (reduction.DupFd(self._fd),)
+
+
+def _receive_fd(holder: Any) -> InheritedFd:
+    return InheritedFd(holder.detach())
+
+
+class SharedPage:
+    """One page of memory that the training process and a worker both see.
+
+    Lives in a memfd: nothing in ``/dev/shm``, nothing left behind by a SIGKILL.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        if fd is None:
+            fd = os.memfd_create("robustloader-beacon")
+            os.ftruncate(fd, mmap.PAGESIZE)
+        self._fd = fd
+        self.memory = mmap.mmap(fd, mmap.PAGESIZE)
+
+    def hand_over(self) -> None:
+        """Close the descriptor; the mapping stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_page, (reduction.DupFd(self._fd),)
+
+    def __del__(self) -> None:
+        self.hand_over()
+
+
+def _receive_page(holder: Any) -> SharedPage:
+    return SharedPage(holder.detach())

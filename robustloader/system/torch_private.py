@@ -1,0 +1,183 @@
+"""The one place that touches names torch keeps to itself. Works with torch 2.6 to 2.15.
+
+Everything here either subclasses or calls ``torch.utils.data.dataloader`` and its ``_utils``. Where a name is gone,
+importing this module says so, with the versions that are known to work.
+
+*Source*: ``torch/utils/data/dataloader.py``, ``_utils/worker.py``, ``_utils/pin_memory.py`` of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+__all__ = [
+    "HookedDataLoader",
+    "LoaderIterator",
+    "auto_collation",
+    "is_datapipe",
+    "is_iterable",
+    "key_error_message",
+    "numpy_seed",
+    "pin_memory",
+    "prepare_worker_process",
+    "worker_info",
+]
+
+try:
+    from torch._utils import KeyErrorMessage
+    from torch.utils.data._utils import pin_memory as _torch_pin
+    from torch.utils.data._utils import signal_handling as _torch_signals
+    from torch.utils.data._utils import worker as _torch_worker
+    from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
+except ImportError as error:  # pragma: no cover - needs a torch outside the supported range
+    raise ImportError(
+        f"robustloader needs torch 2.6 to 2.15; torch {torch.__version__} has moved a name it builds on: {error}"
+    ) from error
+
+try:
+    from torch.utils.data import IterDataPipe, MapDataPipe
+    from torch.utils.data.datapipes.datapipe import _IterDataPipeSerializationWrapper, _MapDataPipeSerializationWrapper
+
+    _DATAPIPES: tuple[type, ...] = (
+        IterDataPipe,
+        MapDataPipe,
+        _IterDataPipeSerializationWrapper,
+        _MapDataPipeSerializationWrapper,
+    )
+except ImportError:  # pragma: no cover - DataPipes are deprecated and will go
+    _DATAPIPES = ()
+
+
+def is_datapipe(dataset: object) -> bool:
+    """Whether ``dataset`` is one of torch's (deprecated) DataPipes."""
+    return isinstance(dataset, _DATAPIPES)
+
+
+def is_iterable(loader: DataLoader[Any]) -> bool:
+    """Whether the loader reads an iterable-style dataset."""
+    return bool(loader._dataset_kind == _DatasetKind.Iterable)
+
+
+def auto_collation(loader: DataLoader[Any]) -> bool:
+    """Whether the loader makes batches itself (``batch_size`` or ``batch_sampler`` given)."""
+    return bool(loader._auto_collation)
+
+
+def key_error_message(text: str) -> str:
+    """``text`` as a string whose ``repr`` is itself: ``KeyError`` shows the ``repr`` of its argument."""
+    return KeyErrorMessage(text)  # type: ignore[no-untyped-call,no-any-return,unused-ignore]
+
+
+def pin_memory(batch: Any, device: str | None) -> Any:
+    """A copy of ``batch`` in page-locked memory, as torch's pin thread makes it."""
+    return _torch_pin.pin_memory(batch, device)
+
+
+def numpy_seed(base_seed: int, worker_id: int) -> list[int]:
+    """The state that torch seeds NumPy with in a worker."""
+    return list(_torch_worker._generate_state(base_seed, worker_id))
+
+
+def prepare_worker_process() -> None:
+    """What torch does first in a worker: C handlers that name a fatal signal on stderr, and a thread name."""
+    _torch_signals._set_worker_signal_handlers()
+    set_name = getattr(torch.multiprocessing, "_set_thread_name", None)
+    if set_name is not None:
+        set_name("pt_data_worker")
+
+
+def enter_worker(*, worker_id: int, num_workers: int, seed: int, dataset: Any) -> Any:
+    """Make ``torch.utils.data.get_worker_info()`` answer for this worker; returns the info object."""
+    info = _torch_worker.WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+    _torch_worker._worker_info = info
+    return info
+
+
+@contextlib.contextmanager
+def worker_info(info: Any) -> Iterator[None]:
+    """Let ``get_worker_info()`` answer ``info`` for a while: the training process does a worker's work."""
+    before = _torch_worker._worker_info
+    _torch_worker._worker_info = info
+    try:
+        yield
+    finally:
+        _torch_worker._worker_info = before
+
+
+def new_worker_info(*, worker_id: int, num_workers: int, seed: int, dataset: Any) -> Any:
+    """An info object as ``get_worker_info()`` returns it in a worker."""
+    return _torch_worker.WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+
+
+class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 takes two type parameters, 2.6 takes one
+    """torch's loader with its private hook for making iterators under a name of ours."""
+
+    def make_iterator(self) -> Any:
+        """A new iterator over one epoch; called by ``iter(loader)``."""
+        raise NotImplementedError
+
+    def make_torch_iterator(self) -> Any:
+        """The iterator torch's own loader would make."""
+        return super()._get_iterator()
+
+    def _get_iterator(self) -> Any:
+        return self.make_iterator()
+
+
+class LoaderIterator(_BaseDataLoaderIter):
+    """Base of our iterators: torch's bookkeeping (sampler, base seed, pinning, warnings) under names of ours.
+
+    torch's constructor, in this order, warns about pinning, calls ``iter()`` on the sampler and draws the base seed
+    from the loader's generator; ``__next__`` counts batches and warns when an iterable dataset yields more than its
+    ``len()``. Both are kept by not repeating them.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        super().__init__(loader)
+        self.num_workers: int = self._num_workers
+        self.collate_fn: Callable[[Any], Any] = self._collate_fn
+        self.timeout_s: float = self._timeout
+        self.base_seed: int = int(self._base_seed)
+        self.pins: bool = self._pin_memory
+        self.pin_device: str | None = getattr(self, "_pin_memory_device", None)
+
+    def next_indices(self) -> Any:
+        """What the sampler yields next; raises ``StopIteration`` at its end."""
+        return self._next_index()
+
+    def next_batch(self) -> Any:
+        """The next batch; raises ``StopIteration`` at the end of the epoch."""
+        raise NotImplementedError
+
+    def begin_epoch(self, loader: DataLoader[Any], *, first: bool) -> None:
+        """Make ready for a new epoch; ``iter(sampler)`` has just been called."""
+
+    def reset(self, loader: DataLoader[Any], *, first: bool) -> None:
+        """Call ``iter()`` on the sampler (again) and begin an epoch."""
+        self._reset(loader, first)
+
+    def processes(self) -> list[Any]:
+        """The worker processes, in the order of their ids."""
+        return []
+
+    def close(self) -> None:
+        """Stop the workers and release everything; safe to call more than once."""
+
+    def _next_data(self) -> Any:
+        return self.next_batch()
+
+    def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
+        super()._reset(loader, first_iter)
+        self.begin_epoch(loader, first=first_iter)
+
+    @property
+    def _workers(self) -> list[Any]:
+        return self.processes()
+
+    def _shutdown_workers(self) -> None:
+        self.close()

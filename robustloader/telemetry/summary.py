@@ -1,0 +1,341 @@
+"""What an epoch came to: frozen records with their units in their names, and the table people read."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from robustloader.decisions.advice import Verdict
+
+__all__ = ["EpochSummary", "Statistics", "WorkerSummary"]
+
+_WIDTH = 100
+_LABEL = 11
+_WORKER_ROWS = 8
+_ADVICE_LINES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSummary:
+    """What one worker did in one epoch, all its incarnations together.
+
+    Attributes:
+        worker_id: 0 to ``num_workers - 1``; None is the training process, where it loaded batches itself.
+        tasks: batches loaded.
+        samples: samples loaded.
+        busy_s: seconds spent loading.
+        load_p95_s: 95th percentile of the time to load one batch, in seconds (within 3.2 %).
+        peak_rss_bytes: most resident memory seen between two tasks, in bytes; 0 where it was not measured.
+        restarts: how often a new process took its place after a death.
+    """
+
+    worker_id: int | None
+    tasks: int
+    samples: int
+    busy_s: float
+    load_p95_s: float
+    peak_rss_bytes: int
+    restarts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Where the running epoch stands: a snapshot that never changes.
+
+    Attributes:
+        epoch: the epoch begun last, counted from 0 for each loader; None before the first.
+        batches: batches delivered.
+        samples: samples delivered.
+        bytes: bytes delivered.
+        elapsed_s: seconds since the epoch began, or that it took once it is over.
+        wait_s: seconds the loop waited in ``next()``.
+        step_s: seconds the loop spent between two ``next()``.
+        wait_fraction: wait_s / (wait_s + step_s), 0 to 1.
+        samples_per_s: samples delivered per second since the epoch began.
+        faults: samples that failed for good.
+        retries: samples that failed and loaded when tried again.
+        replaced: failed samples whose place another one took.
+        skipped: failed samples that were left out.
+        quarantined: samples known to be bad from before, not fetched at all.
+        crashes: workers that died, hangs not counted.
+        hangs: workers that stayed silent and were killed.
+        restarts: processes started in a dead worker's place.
+        replayed_tasks: tasks given out again.
+        recycled: workers replaced because they held too much memory.
+        active_workers: worker processes that load now; 0 loads in the training process.
+    """
+
+    epoch: int | None = None
+    batches: int = 0
+    samples: int = 0
+    bytes: int = 0
+    elapsed_s: float = 0.0
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    wait_fraction: float = 0.0
+    samples_per_s: float = 0.0
+    faults: int = 0
+    retries: int = 0
+    replaced: int = 0
+    skipped: int = 0
+    quarantined: int = 0
+    crashes: int = 0
+    hangs: int = 0
+    restarts: int = 0
+    replayed_tasks: int = 0
+    recycled: int = 0
+    active_workers: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The snapshot as a plain, JSON-able dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSummary:
+    """What one epoch came to. ``str()`` is a table of at most 30 lines of at most 100 columns.
+
+    Percentiles are within 3.2 %; all other numbers are exact.
+
+    Attributes:
+        epoch: counted from 0 for each loader.
+        complete: whether the epoch ran to its end; False for one that was left early or still runs.
+        batches: batches delivered.
+        samples: samples delivered.
+        bytes: bytes delivered.
+        duration_s: seconds from the beginning of the epoch to its end.
+        wait_s: seconds the loop waited in ``next()``, the first batch included.
+        step_s: seconds the loop spent between two ``next()``.
+        wait_fraction: wait_s / (wait_s + step_s), 0 to 1.
+        samples_per_s: samples / duration_s.
+        batches_per_s: batches / duration_s.
+        bytes_per_s: bytes / duration_s.
+        wait_p50_s: median time the loop waited for one batch, in seconds.
+        wait_p95_s: 95th percentile of it, in seconds.
+        wait_p99_s: 99th percentile of it, in seconds.
+        load_p50_s: median time it took to load one batch, in seconds.
+        load_p95_s: 95th percentile of it, in seconds.
+        load_p99_s: 99th percentile of it, in seconds.
+        ready_depth_mean: batches that lay ready when one was asked for, on average.
+        faults: samples that failed for good.
+        retries: samples that failed and loaded when tried again.
+        replaced: failed samples whose place another one took.
+        skipped: failed samples that were left out.
+        quarantined: samples known to be bad from before, not fetched at all.
+        crashes: workers that died, hangs not counted.
+        hangs: workers that stayed silent and were killed.
+        restarts: processes started in a dead worker's place.
+        replayed_tasks: tasks given out again.
+        recycled: workers replaced because they held too much memory.
+        workers_requested: worker processes at the beginning; 0 loads in the training process.
+        workers_at_end: worker processes at the end.
+        peak_worker_bytes: most resident memory of any one worker process, in bytes; 0 where it was not measured.
+        workers: one record per worker that loaded or was restarted.
+        verdict: "input-bound" (the loop waits for data 20 % of its time or more after the first batch),
+            "compute-bound" (2 % or less), "balanced" (between) or "warm-up" (fewer than 10 batches: too few to tell).
+        advice: the one thing worth doing, as a sentence.
+        first_wait_s: seconds the loop waited for its first batch, which holds the start of the workers.
+    """
+
+    epoch: int
+    complete: bool
+    batches: int
+    samples: int
+    bytes: int
+    duration_s: float
+    wait_s: float
+    step_s: float
+    wait_fraction: float
+    samples_per_s: float
+    batches_per_s: float
+    bytes_per_s: float
+    wait_p50_s: float
+    wait_p95_s: float
+    wait_p99_s: float
+    load_p50_s: float
+    load_p95_s: float
+    load_p99_s: float
+    ready_depth_mean: float
+    faults: int
+    retries: int
+    replaced: int
+    skipped: int
+    quarantined: int
+    crashes: int
+    hangs: int
+    restarts: int
+    replayed_tasks: int
+    recycled: int
+    workers_requested: int
+    workers_at_end: int
+    peak_worker_bytes: int
+    workers: tuple[WorkerSummary, ...]
+    verdict: Verdict
+    advice: str
+    first_wait_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as a plain, JSON-able dict; ``workers`` is a list of dicts."""
+        return {**asdict(self), "workers": [asdict(worker) for worker in self.workers]}
+
+    def __str__(self) -> str:
+        lines = [
+            f"epoch {self.epoch}: {_count(self.batches)} batches in {_seconds(self.duration_s)}"
+            + ("" if self.complete else ", not complete"),
+            _line("speed", f"{_count(self.samples_per_s)} samples/s", f"{_count(self.batches_per_s)} batches/s",
+                  f"{_bytes(self.bytes_per_s)}/s"),
+            _line("delivered", f"{_count(self.samples)} samples", _bytes(self.bytes)),
+            _line("waiting", f"{_seconds(self.wait_s)} ({_percent(self.wait_fraction)} of the loop)",
+                  f"first batch {_seconds(self.first_wait_s)}", f"{_count(self.ready_depth_mean)} batches ready"),
+            _line("computing", f"{_seconds(self.step_s)}"),
+            _columns("per batch", ("p50", "p95", "p99")),
+            _columns("  wait", map(_seconds, (self.wait_p50_s, self.wait_p95_s, self.wait_p99_s))),
+            _columns("  load", map(_seconds, (self.load_p50_s, self.load_p95_s, self.load_p99_s))),
+            *_failures(self),
+            *_workers(self),
+            _line("verdict", self.verdict),
+            *_paragraph("advice", self.advice),
+        ]  # fmt: skip
+        return "\n".join(_cut(line.rstrip(), _WIDTH) for line in lines)
+
+    def headline(self) -> str:
+        """The epoch in one line, for logs."""
+        text = (
+            f"epoch {self.epoch}{'' if self.complete else ' (not complete)'}: {_count(self.batches)} batches, "
+            f"{_count(self.samples)} samples in {_seconds(self.duration_s)} ({_count(self.samples_per_s)} samples/s), "
+            f"waited {_percent(self.wait_fraction)}"
+        )
+        troubles = [
+            f"{name} {_count(number)}"
+            for name, number in (
+                ("faults", self.faults),
+                ("quarantined", self.quarantined),
+                ("crashes", self.crashes),
+                ("hangs", self.hangs),
+                ("restarts", self.restarts),
+            )
+            if number
+        ]
+        return "; ".join([text, *([", ".join(troubles)] if troubles else []), self.verdict])
+
+
+def _failures(summary: EpochSummary) -> list[str]:
+    """One or two lines: what samples and what workers did wrong, zeros left out."""
+    sample_parts = _nonzero(
+        (summary.replaced, "replaced"),
+        (summary.skipped, "skipped"),
+        (summary.retries, "retried"),
+        (summary.quarantined, "quarantined"),
+    )
+    worker_parts = _nonzero(
+        (summary.hangs, "hangs"),
+        (summary.restarts, "restarts"),
+        (summary.replayed_tasks, "tasks replayed"),
+        (summary.recycled, "recycled"),
+    )
+    faults = _count(summary.faults) if summary.faults else "none"
+    crashes = _count(summary.crashes) if summary.crashes else "none"
+    if not (summary.faults or summary.crashes or sample_parts or worker_parts):
+        return [_line("failures", "faults none, crashes none")]
+    return [_line("faults", faults, *sample_parts), _line("crashes", crashes, *worker_parts)]
+
+
+def _workers(summary: EpochSummary) -> list[str]:
+    """The workers as a table; of more than eight, the slowest, and one line for the others."""
+    requested, left = summary.workers_requested, summary.workers_at_end
+    lines = [
+        _line("workers", str(requested) if requested else "none, loaded in the training process")
+        if requested == left
+        else _line("workers", f"{requested} at the start, {left} at the end")
+    ]
+    if summary.peak_worker_bytes:
+        lines[0] += f"   peak {_bytes(summary.peak_worker_bytes)}"
+    shown: Sequence[WorkerSummary] = summary.workers
+    folded: Sequence[WorkerSummary] = ()
+    if not shown:
+        return lines
+    if len(shown) > _WORKER_ROWS:
+        slowest_first = sorted(shown, key=lambda worker: worker.load_p95_s, reverse=True)
+        shown, folded = slowest_first[: _WORKER_ROWS - 1], slowest_first[_WORKER_ROWS - 1 :]
+    lines.append(_columns("  worker", ("batches", "samples", "busy", "load p95", "memory", "restarts")))
+    lines += [
+        _columns(
+            "  main" if worker.worker_id is None else f"  {worker.worker_id}",
+            (
+                _count(worker.tasks),
+                _count(worker.samples),
+                _seconds(worker.busy_s),
+                _seconds(worker.load_p95_s),
+                _bytes(worker.peak_rss_bytes) if worker.peak_rss_bytes else "-",
+                _count(worker.restarts) if worker.restarts else "-",
+            ),
+        )
+        for worker in shown
+    ]
+    if folded:
+        lines.append(
+            f"  and {len(folded)} faster ones: {_count(sum(w.tasks for w in folded))} batches, load p95 at most "
+            f"{_seconds(max(w.load_p95_s for w in folded))}, {_count(sum(w.restarts for w in folded))} restarts"
+        )
+    return lines
+
+
+def _nonzero(*parts: tuple[int, str]) -> list[str]:
+    return [f"{_count(number)} {name}" for number, name in parts if number]
+
+
+def _line(label: str, *parts: str) -> str:
+    return f"{label:<{_LABEL}}" + "   ".join(parts)
+
+
+def _columns(label: str, cells: Any) -> str:
+    return f"{label:<{_LABEL}}" + " ".join(f"{cell:>12}" for cell in cells)
+
+
+def _paragraph(label: str, text: str) -> list[str]:
+    wrapper = textwrap.TextWrapper(_WIDTH - _LABEL, max_lines=_ADVICE_LINES, placeholder=" …", break_on_hyphens=False)
+    lines = wrapper.wrap(text) or [""]
+    return [_line(label if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _count(number: float) -> str:
+    """A count or a rate: whole ones as they are, others to four digits, very large ones as a power of ten."""
+    if not abs(number) < 1e12:
+        return f"{number:.3g}"
+    if number == int(number):
+        return f"{int(number):,}"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _seconds(seconds: float) -> str:
+    """A duration in the unit that people would say it in."""
+    if seconds == 0:
+        return "0 s"
+    if seconds < 0.9995e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.3g} min"
+    return f"{seconds / 3600:.3g} h" if seconds >= 3.6e9 else f"{seconds / 3600:,.1f} h"
+
+
+def _bytes(size: float) -> str:
+    """A size in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(size) < 1023.5:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.3g} EiB"

@@ -1,0 +1,195 @@
+"""Batches to bytes and back: a pickle whose tensors and arrays travel beside it, as raw memory.
+
+A :class:`Parcel` is one pickle and a list of buffers. Plain CPU tensors are described in the pickle by dtype, size,
+stride and offset into a *storage*; each storage's bytes, cut to the extent that the batch's tensors really use, are one
+buffer, so tensors that share memory still share it on the other side, and a small view of a large tensor stays small.
+NumPy arrays use pickle's own out-of-band buffers (PEP 574). What fits neither (sparse, quantised, conjugated, CUDA,
+subclasses) goes by value through its own ``__reduce_ex__``: torch's reducers for multiprocessing would pass
+descriptors, which needs a connection to a worker that may be dead or stuck.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import ctypes
+import io
+import pickle
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Buffer", "Parcel", "dumps", "loads"]
+
+INLINE_BYTES = 4_096
+"""Storages up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""
+
+ALIGNMENT = 64
+"""Extents begin at multiples of this many bytes of their storage, so that every dtype stays aligned."""
+
+_DTYPES: tuple[torch.dtype, ...] = tuple(
+    dict.fromkeys(value for _, value in sorted(vars(torch).items()) if isinstance(value, torch.dtype))
+)
+_CODE_OF = {dtype: code for code, dtype in enumerate(_DTYPES)}
+
+
+class Buffer(NamedTuple):
+    """Memory beside a pickle. ``low`` is where it began in the tensor storage it was cut from; -1 for other buffers."""
+
+    low: int
+    memory: memoryview
+
+
+class Parcel(NamedTuple):
+    """A pickled object and the memory that belongs to it. ``keep`` holds what owns that memory."""
+
+    pickled: bytes | memoryview
+    buffers: Sequence[Buffer]
+    keep: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all of it in bytes."""
+        return len(self.pickled) + sum(buffer.memory.nbytes for buffer in self.buffers)
+
+
+def dumps(obj: Any) -> Parcel:
+    """Pickle ``obj``; raises what its own pickling raises. The parcel is good until ``obj``'s tensors change."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(obj)
+    return Parcel(file.getbuffer(), pickler.buffers(), (pickler.storages, obj))
+
+
+def loads(pickled: bytes | memoryview, buffers: Iterable[tuple[int, torch.Tensor]] = ()) -> Any:
+    """The object again, built upon ``buffers``: pairs of ``low`` and a one-dimensional uint8 tensor of exact size.
+
+    Raises whatever the object's own unpickling raises.
+    """
+    return pickle.loads(
+        pickled,
+        buffers=[(low, block.untyped_storage()) if low >= 0 else block.numpy() for low, block in buffers],
+    )
+
+
+class _Storage:
+    """Stands for a tensor's storage while pickling, and collects the extent that is used of it."""
+
+    __slots__ = ("_high", "_low", "mark", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+        self.mark = bytearray(1)
+        self._low = storage.nbytes()
+        self._high = 0
+
+    def use(self, low: int, high: int) -> None:
+        self._low = min(self._low, low)
+        self._high = max(self._high, high)
+
+    def extent(self) -> Buffer:
+        if self._high <= self._low:
+            return Buffer(0, memoryview(b""))
+        low = self._low - self._low % ALIGNMENT
+        block = (ctypes.c_ubyte * (self._high - low)).from_address(self.storage.data_ptr() + low)
+        return Buffer(low, memoryview(block).cast("B"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        size = self.storage.nbytes()
+        if size <= INLINE_BYTES:
+            return _inline_storage, (ctypes.string_at(self.storage.data_ptr(), size) if size else b"",)
+        # The extent is known only when the whole batch has been seen: a one-byte mark keeps the place of its buffer.
+        return tuple, (pickle.PickleBuffer(self.mark),)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as the module's docstring says, everything else as multiprocessing would."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5, buffer_callback=self._take)
+        self.dispatch_table = _dispatch_table()
+        self.storages: dict[tuple[int, int], _Storage] = {}
+        self._marked: dict[int, _Storage] = {}
+        self._taken: list[pickle.PickleBuffer] = []
+
+    def buffers(self) -> list[Buffer]:
+        """The buffers in the order in which the pickle asks for them."""
+        found = []
+        for taken in self._taken:
+            memory = taken.raw()
+            storage = self._marked.get(id(memory.obj))
+            found.append(storage.extent() if storage is not None else Buffer(-1, memory))
+        return found
+
+    def _take(self, buffer: pickle.PickleBuffer) -> bool:
+        self._taken.append(buffer)
+        return False
+
+    def reducer_override(self, obj: Any) -> Any:
+        return self._reduce_tensor(obj) if type(obj) is torch.Tensor else NotImplemented
+
+    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+        if (
+            tensor.device.type != "cpu"
+            or tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.is_nested
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
+            return NotImplemented
+        if tensor.requires_grad and not tensor.is_leaf:
+            raise RuntimeError(
+                "a batch holds a tensor that requires grad and is not a leaf: autograd does not cross processes; "
+                "call detach() on it in the dataset or in collate_fn"
+            )
+        size, stride, offset, item = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.element_size()
+        storage = self._storage_of(tensor.untyped_storage())
+        if tensor.numel():
+            last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+            storage.use(offset * item, (last + 1) * item)
+        else:
+            offset = 0
+        return _rebuild_tensor, (storage, _CODE_OF[tensor.dtype], size, stride, offset, tensor.requires_grad)
+
+    def _storage_of(self, raw: torch.UntypedStorage) -> _Storage:
+        # Two storages over the same memory but of other sizes (torch.from_numpy of a slice) are two, as in torch.
+        key = (raw.data_ptr(), raw.nbytes())
+        known = self.storages.get(key)
+        if known is None or not key[1]:
+            known = self.storages[key] = _Storage(raw)
+            self._marked[id(known.mark)] = known
+        return known
+
+
+def _inline_storage(data: bytes) -> tuple[int, torch.UntypedStorage]:
+    if not data:
+        return 0, torch.UntypedStorage(0)
+    return 0, torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
+
+
+def _rebuild_tensor(
+    storage: tuple[int, torch.UntypedStorage],
+    code: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    requires_grad: bool,
+) -> torch.Tensor:
+    low, memory = storage
+    tensor = torch.empty(0, dtype=_DTYPES[code])
+    tensor.set_(memory, offset - low // tensor.element_size(), size, stride)  # type: ignore[call-overload]
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _dispatch_table() -> ChainMap[type, Callable[[Any], Any]]:
+    """multiprocessing's reducers, without torch's: those pass descriptors."""
+    extra = getattr(ForkingPickler, "_extra_reducers", {})
+    own = {kind: reducer for kind, reducer in extra.items() if not _is_torch(reducer)}
+    return ChainMap(own, copyreg.dispatch_table)
+
+
+def _is_torch(reducer: Any) -> bool:
+    return str(getattr(reducer, "__module__", "")).startswith("torch.multiprocessing")

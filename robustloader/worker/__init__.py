@@ -1,0 +1,1 @@
+"""The worker process's side: its loop, how it loads one task, and its beacon."""

@@ -1,0 +1,554 @@
+"""Loading one task: torch's fetch order while all goes well, and repair, sample by sample, when something raises.
+
+Runs in a worker process, or in the training process with ``num_workers=0`` or when no worker can be had. Nothing here
+knows about processes: the result is an outcome, and the caller sends it or acts on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from tenacity import Retrying, retry_if_exception
+
+from robustloader.decisions.isolation import find_misfits
+from robustloader.decisions.keys import as_list
+from robustloader.events import FaultAction, FaultKind
+from robustloader.policies import FaultPolicy
+from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
+from robustloader.worker.beacon import COLLATE, ENCODE, ITEM, ITEMS, Beacon
+
+__all__ = ["Broken", "Ended", "IterableFetcher", "Loaded", "MapFetcher", "Outcome", "Plan", "Short", "make_fetcher"]
+
+MAX_FAULTS_PER_FETCH = 64
+"""A stream that raises at every step is reported after this many, so that the budget can end it."""
+
+
+class Loaded(NamedTuple):
+    """A collated batch of ``samples`` samples."""
+
+    batch: Any
+    samples: int
+    report: Report | None
+
+
+class Short(NamedTuple):
+    """Not enough spares: ``avoid`` are the positions that still need one."""
+
+    avoid: tuple[int, ...]
+    report: Report
+
+
+class Ended(NamedTuple):
+    """The stream of an iterable dataset has ended."""
+
+    report: Report | None
+
+
+class Broken(NamedTuple):
+    """An exception for the trainer. ``report.faults`` ends with the sample that raised it, where one is known."""
+
+    error: BaseException
+    report: Report
+
+
+Outcome = Loaded | Short | Ended | Broken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to load, for one loader and one process.
+
+    Attributes:
+        catches: what counts as a fault. In a worker that is ``BaseException``, because the signals that could raise
+            one there are silenced, so only user code did; in the training process ``Exception``, so that Ctrl-C and a
+            signal handler's ``sys.exit`` pass.
+        where: torch's words for this process, for error messages.
+        encode: what a batch must survive to get to the trainer; None in the training process.
+    """
+
+    dataset: Any
+    iterable: bool
+    batched: bool
+    collate_fn: Callable[[Any], Any]
+    drop_last: bool
+    faults: FaultPolicy
+    catches: type[BaseException] = Exception
+    where: str = ""
+    beacon: Beacon | None = None
+    encode: Callable[[Any], Any] | None = None
+    decode: Callable[[Any], Any] | None = None
+
+    @property
+    def strict(self) -> bool:
+        """Whether the first exception of any kind is the trainer's, as with torch."""
+        return self.faults.action == "raise" and self.faults.retry is None
+
+
+def make_fetcher(plan: Plan) -> MapFetcher | IterableFetcher:
+    """The fetcher for the plan's kind of dataset. For an iterable one this calls ``iter(dataset)``."""
+    return IterableFetcher(plan) if plan.iterable else MapFetcher(plan)
+
+
+class _Abort(Exception):
+    """Leaves the repair with an exception that is the trainer's."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _Bad(Exception):
+    """A sample that failed for good."""
+
+    def __init__(self, fault: Fault, error: BaseException) -> None:
+        self.fault = fault
+        self.error = error
+
+
+# --- map-style --------------------------------------------------------------------------------------------------------
+
+
+class MapFetcher:
+    """Loads tasks of a map-style dataset.
+
+    *Source*: ``_MapDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13, for what is called when.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def fetch(self, order: Fetch) -> Outcome:
+        """Load one task."""
+        if order.avoid or order.careful or order.verify:
+            return _Repair(self.plan, order, []).run()
+        values: list[Any] = []
+        stage = ITEM
+        plan, beacon = self.plan, self.plan.beacon
+        dataset, indices = plan.dataset, order.indices
+        try:
+            if not plan.batched:
+                if beacon:
+                    beacon.enter(ITEM, run=order.run, task=order.task, position=0)
+                data = dataset[indices]
+                values.append(data)
+            elif hasattr(dataset, "__getitems__") and dataset.__getitems__:
+                stage = ITEMS
+                if beacon:
+                    beacon.enter(ITEMS, run=order.run, task=order.task, count=_count(indices))
+                data = dataset.__getitems__(indices)
+            else:
+                data = values
+                if beacon:
+                    beacon.enter(ITEM, run=order.run, task=order.task, position=0)
+                    for position, index in enumerate(indices):
+                        beacon.sample(position)
+                        values.append(dataset[index])
+                else:
+                    for index in indices:
+                        values.append(dataset[index])
+            stage = COLLATE
+            if beacon:
+                beacon.enter(COLLATE, run=order.run, task=order.task, count=_count(indices))
+            return Loaded(plan.collate_fn(data), _count(indices) if plan.batched else 1, None)
+        except plan.catches as error:
+            if plan.strict:
+                return self._broken(order, error, len(values) if stage == ITEM else -1)
+            return _Repair(plan, order, values if stage == ITEM else [], error, stage).run()
+
+    def repair_unpicklable(self, order: Fetch, error: BaseException) -> Outcome:
+        """The batch could not be encoded: find the samples at fault, and do without them."""
+        return _Repair(self.plan, order, [], error, ENCODE).run()
+
+    def trial(self, order: Trial) -> None:
+        """Do everything to one sample that a batch would do to it. An exception means that it did not kill."""
+        plan = self.plan
+        if plan.beacon:
+            plan.beacon.enter(ITEM, run=order.run, task=order.task, position=order.position)
+        try:
+            value = _get_one(plan, order.index)
+            batch = plan.collate_fn([value] if plan.batched else value)
+            if plan.encode:
+                plan.encode(batch)
+        except plan.catches:
+            return
+
+    def _broken(self, order: Fetch, error: BaseException, position: int) -> Broken:
+        samples = as_list(order.indices, batched=self.plan.batched)
+        index = samples[position] if 0 <= position < len(samples) else None
+        kind: FaultKind = "exception"
+        return Broken(error, Report((_fault(kind, index, position, error, 1, "raised", self.plan),)))
+
+
+class _Repair:
+    """Loads a task sample by sample, with retries, spares and isolation, as its fault policy says."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        order: Fetch,
+        loaded: list[Any],
+        error: BaseException | None = None,
+        stage: int = ITEM,
+    ) -> None:
+        self.plan = plan
+        self.policy = plan.faults
+        self.order = order
+        self.error = error
+        self.stage = stage
+        self.samples = as_list(order.indices, batched=plan.batched)
+        self.values: dict[int, Any] = dict(enumerate(loaded))
+        self.first_error = {len(loaded): error} if error is not None and stage == ITEM else {}
+        self.bad: list[int] = list(order.avoid)
+        self.failed: set[int] = set(order.avoid)
+        self.spares = iter(enumerate(order.spares))
+        self.faults: list[Fault] = []
+        self.replaced: dict[int, tuple[Any, Any]] = {}
+        self.used: dict[int, Any] = dict(enumerate(self.samples))
+
+    def run(self) -> Outcome:
+        try:
+            if not self.samples:
+                raise _Abort(self.error if self.error is not None else IndexError("the batch sampler yielded no index"))
+            self._load_all()
+            return self._assemble()
+        except _Abort as abort:
+            return Broken(abort.error, self._report(()))
+
+    # --- samples
+
+    def _load_all(self) -> None:
+        beacon = self.plan.beacon
+        if beacon:
+            beacon.enter(ITEM, run=self.order.run, task=self.order.task, position=0)
+        for position, index in enumerate(self.samples):
+            if position in self.bad or position in self.values:
+                continue
+            try:
+                self.values[position] = self._load(index, position, self.first_error.pop(position, None))
+            except _Bad as bad:
+                self._drop(position, bad)
+
+    def _load(self, index: Any, position: int, error: BaseException | None = None) -> Any:
+        """One sample, retried as the policy says; raises ``_Bad`` or ``_Abort``."""
+        plan, retry = self.plan, self.policy.retry
+        if plan.beacon:
+            plan.beacon.sample(position)
+        if error is None:
+            try:
+                return self._prove(_get_one(plan, index), index, position)
+            except plan.catches as raised:
+                error = raised
+        attempts = 1
+        if retry is not None and self._is_transient(error):
+            pending: list[BaseException] = [error]
+
+            def attempt() -> Any:
+                if pending:
+                    raise pending.pop()
+                if plan.beacon:
+                    plan.beacon.sample(position)
+                return _get_one(plan, index)
+
+            retrying = Retrying(
+                stop=retry.stop, wait=retry.wait, retry=retry_if_exception(self._is_transient), reraise=True
+            )
+            try:
+                value = retrying(attempt)
+            except plan.catches as raised:
+                first, error = error, raised
+                attempts = int(retrying.statistics.get("attempt_number", 1))
+                del first
+            else:
+                attempts = int(retrying.statistics.get("attempt_number", 1))
+                self.faults.append(_fault("exception", index, position, error, attempts, "retried", plan, True))
+                return self._prove(value, index, position)
+        if isinstance(error, self.policy.fatal):
+            self.faults.append(_fault("exception", index, position, error, attempts, "raised", plan))
+            raise _Abort(error)
+        fault = _fault("exception", index, position, error, attempts, "raised", plan, self._is_transient(error))
+        raise _Bad(fault, error)
+
+    def _prove(self, value: Any, index: Any, position: int) -> Any:
+        """See that a sample alone survives what its batch did not: collate and encode (deaths), encode, or decode."""
+        plan, order = self.plan, self.order
+        if order.careful and plan.beacon and plan.encode:
+            try:
+                plan.beacon.enter(COLLATE, run=order.run, task=order.task, position=position)
+                alone = plan.collate_fn([value] if plan.batched else value)
+                plan.beacon.enter(ENCODE, run=order.run, task=order.task, position=position)
+                plan.encode(alone)
+            except plan.catches:
+                pass  # exceptions are dealt with when the whole batch meets them
+            plan.beacon.sample(position)
+        if self.stage == ENCODE and plan.encode:
+            try:
+                plan.encode(value)
+            except plan.catches as error:
+                raise _Bad(_fault("unpicklable", index, position, error, 1, "raised", plan), error) from error
+        if order.verify and plan.encode and plan.decode:
+            try:
+                plan.decode(plan.encode(value))
+            except plan.catches as error:
+                raise _Bad(_fault("undecodable", index, position, error, 1, "raised", plan), error) from error
+        return value
+
+    def _is_transient(self, error: BaseException) -> bool:
+        retry = self.policy.retry
+        return retry is not None and isinstance(error, retry.on) and not isinstance(error, self.policy.fatal)
+
+    def _drop(self, position: int, bad: _Bad) -> None:
+        """The sample at ``position`` is out."""
+        self.values.pop(position, None)
+        action: FaultAction = {"replace": "replaced", "skip": "skipped"}.get(self.policy.action, "raised")  # type: ignore[assignment]
+        self.faults.append(bad.fault._replace(action=action))
+        if self.policy.action == "raise":
+            raise _Abort(bad.error)
+        self.bad.append(position)
+        self.failed.add(position)
+
+    # --- the batch
+
+    def _assemble(self) -> Outcome:
+        # Each round drops or replaces at least one sample, and spares are finite, so this ends.
+        while True:
+            if not self._fill():
+                return Short(tuple(sorted(self.failed)), self._report(()))
+            kept = sorted(self.values)
+            skipped = tuple(p for p in range(len(self.samples)) if p not in self.values)
+            values = [self.values[p] for p in kept]
+            try:
+                batch = self._collate(values)
+            except self.plan.catches as error:
+                self._isolate(kept, error)
+                continue
+            if self.stage == ENCODE and self.plan.encode:
+                # Every sample can be pickled and the batch still cannot: what collate_fn made of them is at fault.
+                try:
+                    self.plan.encode(batch)
+                except self.plan.catches as error:
+                    self._raise(kept, "unpicklable", error)
+            return Loaded(batch, len(values), self._report(skipped) if self._remarkable(skipped) else None)
+
+    def _collate(self, values: list[Any]) -> Any:
+        plan, order = self.plan, self.order
+        if plan.beacon:
+            plan.beacon.enter(COLLATE, run=order.run, task=order.task, count=len(values))
+        return plan.collate_fn(values if plan.batched else values[0])
+
+    def _fill(self) -> bool:
+        """Put spares where samples are missing, as far as the policy wants them; False when they ran out."""
+        if self.policy.action == "skip":
+            if self.values:
+                self.bad = []
+                return True
+            self.bad = self.bad[:1]
+        for position in sorted(self.bad):
+            for number, spare in self.spares:
+                try:
+                    self.values[position] = self._load(spare, -1 - number)
+                except _Bad as bad:
+                    self.faults.append(bad.fault._replace(action="replaced", position=-1))
+                    continue
+                self._replace(position, spare)
+                break
+            else:
+                return False
+        return True
+
+    def _replace(self, position: int, spare: Any) -> None:
+        self.bad.remove(position)
+        self.replaced[position] = (self.samples[position], spare)
+        self.used[position] = spare
+        for place, fault in enumerate(self.faults):
+            if fault.position == position and fault.action == "replaced":
+                self.faults[place] = fault._replace(replacement=spare)
+
+    def _isolate(self, kept: list[int], error: BaseException) -> None:
+        """Find the samples that make ``collate_fn`` raise, and drop them."""
+        if isinstance(error, self.policy.fatal):
+            self._raise(kept, "collate", error)
+        errors: list[BaseException] = [error]
+
+        def works(chosen: Sequence[int]) -> bool:
+            try:
+                self._collate([self.values[kept[place]] for place in chosen])
+            except self.plan.catches as raised:
+                errors.append(raised)
+                return False
+            return True
+
+        misfits = find_misfits(len(kept), works) if self.plan.batched else [0]
+        if not misfits:
+            return  # it works now: whatever it was has passed
+        for place in misfits:
+            position = kept[place]
+            index = self.used[position]
+            fault = _fault("collate", index, position, error, 1, "raised", self.plan)
+            self.replaced.pop(position, None)
+            self._drop(position, _Bad(fault, error))
+
+    def _raise(self, kept: list[int], kind: FaultKind, error: BaseException) -> NoReturn:
+        index = self.used[kept[0]] if len(kept) == 1 else None
+        self.faults.append(_fault(kind, index, -1, error, 1, "raised", self.plan))
+        raise _Abort(error)
+
+    def _remarkable(self, skipped: tuple[int, ...]) -> bool:
+        return bool(self.faults or self.replaced or skipped)
+
+    def _report(self, skipped: tuple[int, ...]) -> Report:
+        return Report(tuple(self.faults), dict(self.replaced), skipped)
+
+
+def _get_one(plan: Plan, index: Any) -> Any:
+    """One sample by itself."""
+    dataset = plan.dataset
+    if plan.batched and hasattr(dataset, "__getitems__") and dataset.__getitems__:
+        values = dataset.__getitems__([index])
+        if isinstance(values, Sequence) and len(values) == 1:
+            return values[0]
+        # __getitems__ may return whatever its collate_fn understands; then only __getitem__ gives a sample.
+    return dataset[index]
+
+
+def _count(indices: Any) -> int:
+    try:
+        return len(indices)
+    except TypeError:
+        return 1
+
+
+def _fault(
+    kind: FaultKind,
+    index: Any,
+    position: int,
+    error: BaseException,
+    attempts: int,
+    action: FaultAction,
+    plan: Plan,
+    transient: bool = False,
+) -> Fault:
+    raised = Raised.of(error, plan.where)
+    return Fault(
+        kind,
+        index,
+        position,
+        raised.error_type,
+        raised.message,
+        raised.traceback,
+        attempts,
+        action,
+        transient=transient,
+    )
+
+
+# --- iterable ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class IterableFetcher:
+    """Loads tasks of an iterable dataset: the next samples of this process's stream, whatever the indices say.
+
+    A sample that raises is lost (a stream cannot go back), and the next one takes its place.
+
+    *Source*: ``_IterableDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13.
+    """
+
+    plan: Plan
+    ended: bool = False
+    _stream: Iterator[Any] = field(init=False)
+    _values: list[Any] = field(default_factory=list)
+    _reason: str = ""
+
+    def __post_init__(self) -> None:
+        self._stream = iter(self.plan.dataset)
+
+    def fetch(self, order: Fetch) -> Outcome:
+        """Load one task."""
+        plan, beacon = self.plan, self.plan.beacon
+        wanted = len(order.indices) if plan.batched else 1
+        faults: list[Fault] = []
+        if beacon:
+            beacon.enter(ITEM, run=order.run, task=order.task, position=0)
+        while True:
+            broken = self._fill(wanted, faults)
+            if broken is not None:
+                self._values = []
+                return broken
+            if len(faults) >= MAX_FAULTS_PER_FETCH:
+                return Short((), self._report(faults))
+            values, self._values = self._values, []
+            if not values or (plan.drop_last and plan.batched and len(values) < wanted):
+                return Ended(self._report(faults) if faults or self._reason else None)
+            if beacon:
+                beacon.enter(COLLATE, run=order.run, task=order.task, count=len(values))
+            try:
+                batch = plan.collate_fn(values if plan.batched else values[0])
+            except plan.catches as error:
+                if plan.strict or plan.faults.action == "raise" or isinstance(error, plan.faults.fatal):
+                    faults.append(_fault("collate", None, -1, error, 1, "raised", plan))
+                    return Broken(error, self._report(faults))
+                self._values = self._fitting(values, error, faults)
+                continue
+            return Loaded(batch, len(values), self._report(faults) if faults or self._reason else None)
+
+    def repair_unpicklable(self, order: Fetch, error: BaseException) -> Outcome:
+        """The batch could not be encoded; its samples are gone from the stream, so the trainer hears of it."""
+        fault = _fault("unpicklable", None, -1, error, 1, "raised", self.plan)
+        if self.plan.faults.action == "raise":
+            return Broken(error, Report((fault,)))
+        again = self.fetch(order)
+        lost = fault._replace(action="skipped")
+        if isinstance(again, Loaded | Ended):
+            return again._replace(report=_joined(lost, again.report))
+        return again._replace(report=_joined(lost, again.report))
+
+    def trial(self, order: Trial) -> None:
+        """A stream has no sample to try."""
+
+    def _fill(self, wanted: int, faults: list[Fault]) -> Broken | None:
+        plan, beacon, policy = self.plan, self.plan.beacon, self.plan.faults
+        while len(self._values) < wanted and not self.ended and len(faults) < MAX_FAULTS_PER_FETCH:
+            if beacon:
+                beacon.sample(len(self._values))
+            try:
+                self._values.append(next(self._stream))
+            except StopIteration:
+                self.ended = True
+            except plan.catches as error:
+                action: FaultAction = "replaced" if policy.action == "replace" else "skipped"
+                raises = policy.action == "raise" or isinstance(error, policy.fatal)
+                faults.append(_fault("exception", None, -1, error, 1, "raised" if raises else action, plan))
+                if raises:
+                    return Broken(error, Report(tuple(faults)))
+                if inspect.isgenerator(self._stream) and self._stream.gi_frame is None:
+                    # Python closes a generator that has raised: its next() would look like an ordinary end.
+                    self.ended = True
+                    self._reason = f"its generator raised {type(error).__name__} and cannot go on"
+        return None
+
+    def _fitting(self, values: list[Any], error: BaseException, faults: list[Fault]) -> list[Any]:
+        """Without the samples that make ``collate_fn`` raise."""
+        plan = self.plan
+
+        def works(chosen: Sequence[int]) -> bool:
+            try:
+                plan.collate_fn([values[place] for place in chosen])
+            except plan.catches:
+                return False
+            return True
+
+        misfits = set(find_misfits(len(values), works) if plan.batched else [0])
+        action: FaultAction = "replaced" if plan.faults.action == "replace" else "skipped"
+        faults.extend(_fault("collate", None, -1, error, 1, action, plan) for _ in misfits)
+        return [value for place, value in enumerate(values) if place not in misfits]
+
+    def _report(self, faults: list[Fault]) -> Report:
+        reason, self._reason = self._reason, ""
+        return Report(tuple(faults), ended=reason)
+
+
+def _joined(fault: Fault, report: Report | None) -> Report:
+    report = report or Report()
+    return report._replace(faults=(fault, *report.faults))

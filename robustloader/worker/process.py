@@ -1,0 +1,259 @@
+"""The worker process: start, loop, leave.
+
+One thread does everything, pickling included, so that whatever goes wrong with a sample happens inside ``try`` and
+under the beacon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+
+from robustloader.policies import FaultPolicy
+from robustloader.system import host, torch_private
+from robustloader.transport import codec
+from robustloader.transport.channel import Channel
+from robustloader.transport.messages import (
+    Exhausted,
+    Failed,
+    Fetch,
+    Fetched,
+    Raised,
+    Ready,
+    Report,
+    Resume,
+    StartFailed,
+    Stop,
+    Trial,
+    TrialPassed,
+    Unfilled,
+)
+from robustloader.worker.beacon import ENCODE, INIT, Beacon
+from robustloader.worker.fetch import Broken, Loaded, Outcome, Plan, Short, make_fetcher
+from robustloader.worker.seeding import seed_batch, seed_worker
+
+__all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
+
+STACK_SIGNAL = signal.SIGRTMIN + 7
+"""Asks a worker for its Python stacks. A real-time signal, so that it meets nobody's own use of SIGUSR1."""
+
+
+class Cargo:
+    """The user's objects on their way to a worker.
+
+    Under fork they are simply there. Otherwise they are pickled inside the pickle that starts the process, so that
+    what fails to *un*pickle fails in :func:`run_worker`, which reports it, and not in multiprocessing's start-up code,
+    which can only die.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any],
+        worker_init_fn: Callable[[int], None] | None,
+        faults: FaultPolicy,
+    ) -> None:
+        self._content: Any = (dataset, collate_fn, worker_init_fn, faults)
+        self._sealed: bytes | None = None
+
+    def open(self) -> tuple[Any, Callable[[Any], Any], Callable[[int], None] | None, FaultPolicy]:
+        """The objects, in the order of the constructor. Raises what unpickling them raises."""
+        if self._sealed is not None:
+            self._content, self._sealed = ForkingPickler.loads(self._sealed), None
+        content: tuple[Any, Callable[[Any], Any], Callable[[int], None] | None, FaultPolicy] = self._content
+        return content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _sealed_cargo, (bytes(ForkingPickler.dumps(self._content)),)
+
+
+def _sealed_cargo(sealed: bytes) -> Cargo:
+    cargo = Cargo.__new__(Cargo)
+    cargo._content, cargo._sealed = None, sealed
+    return cargo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All a worker is told at its start.
+
+    Attributes:
+        end: the worker's end of the socket pair, not yet wrapped.
+        skip: tasks of an iterable dataset to load and throw away first, because a predecessor delivered them.
+        indices: one task's indices, for those.
+    """
+
+    cargo: Cargo
+    end: socket.socket
+    page: host.SharedPage
+    lifeline: host.InheritedFd
+    stacks: host.InheritedFd
+    worker_id: int
+    incarnation: int
+    num_workers: int
+    base_seed: int
+    epoch: int
+    run: int
+    seed_batches: bool
+    iterable: bool
+    batched: bool
+    drop_last: bool
+    skip: int = 0
+    indices: Any = None
+
+
+def run_worker(setup: Setup) -> None:
+    """Entry point of a worker process. Returns when told to stop or when the trainer is gone."""
+    host.hold_lifeline(setup.lifeline.take())
+    host.prefer_to_be_killed()
+    beacon = Beacon(setup.page)
+    beacon.enter(INIT)
+    setup.end.setblocking(True)
+    channel = Channel(setup.end)
+    where = f"in DataLoader worker process {setup.worker_id}"
+    try:
+        worker = _Worker(setup, channel, beacon, where)
+    except BaseException as error:  # user code: the dataset's unpickling, worker_init_fn, iter(dataset)
+        channel.send(StartFailed(Raised.of(error, where)))
+        return
+    worker.serve()
+
+
+class _Worker:
+    def __init__(self, setup: Setup, channel: Channel, beacon: Beacon, where: str) -> None:
+        self.setup = setup
+        self.channel = channel
+        self.beacon = beacon
+        self.where = where
+        self.run = setup.run
+        self.epoch = setup.epoch
+        self._quiet_signals()
+        torch.set_num_threads(1)
+        # Unpickling may draw random numbers; under torch it happens before the seeds are set, so it does here.
+        dataset, collate_fn, worker_init_fn, faults = setup.cargo.open()
+        stream = 0 if setup.iterable else setup.incarnation
+        seed = seed_worker(setup.base_seed, setup.worker_id, stream)
+        info = torch_private.enter_worker(
+            worker_id=setup.worker_id, num_workers=setup.num_workers, seed=seed, dataset=dataset
+        )
+        if worker_init_fn is not None:
+            worker_init_fn(setup.worker_id)
+        self.plan = Plan(
+            dataset=info.dataset,
+            iterable=setup.iterable,
+            batched=setup.batched,
+            collate_fn=collate_fn,
+            drop_last=setup.drop_last,
+            faults=faults,
+            catches=BaseException,
+            where=where,
+            beacon=beacon,
+            encode=codec.dumps,
+            decode=_decode,
+        )
+        self.fetcher = make_fetcher(self.plan)
+
+    def _quiet_signals(self) -> None:
+        """A preempted job still takes its last batches: SIGTERM and Ctrl-C sent to everyone are the trainer's business.
+
+        Handlers that do nothing, not SIG_IGN, which the worker's own subprocesses would inherit.
+        """
+        torch_private.prepare_worker_process()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _do_nothing)
+        with contextlib.suppress(ValueError, OSError, RuntimeError):
+            faulthandler.register(STACK_SIGNAL, file=self.setup.stacks.take(), all_threads=True, chain=False)
+
+    def serve(self) -> None:
+        """Take messages until told to stop."""
+        self.channel.send(Ready(os.getpid()))
+        for _ in range(self.setup.skip):
+            self.fetcher.fetch(Fetch(self.run, -1, self.setup.indices))
+        self.beacon.finish()
+        while True:
+            frames, gone = self.channel.receive()
+            for frame in frames:
+                if self.beacon.dismissed:
+                    return
+                message = frame.message
+                if isinstance(message, Fetch):
+                    self._serve_fetch(message)
+                elif isinstance(message, Resume):
+                    if not self._resume(message):
+                        return
+                elif isinstance(message, Trial):
+                    self.fetcher.trial(message)
+                    self.beacon.finish()
+                    self.channel.send(TrialPassed(message.run, message.task, message.position))
+                elif isinstance(message, Stop):
+                    return
+            del frames
+            if gone:
+                return
+
+    def _resume(self, message: Resume) -> bool:
+        self.run, self.epoch = message.run, message.epoch
+        if self.setup.iterable:
+            try:
+                self.fetcher = make_fetcher(self.plan)
+            except BaseException as error:
+                self.channel.send(StartFailed(Raised.of(error, self.where)))
+                return False
+        return True
+
+    def _serve_fetch(self, order: Fetch) -> None:
+        if self.setup.seed_batches:
+            seed_batch(self.setup.base_seed, self.epoch, order.task)
+        begun = time.monotonic_ns()
+        outcome = self.fetcher.fetch(order)
+        load_ns = time.monotonic_ns() - begun
+        for _ in range(2):
+            if not isinstance(outcome, Loaded):
+                break
+            self.beacon.enter(ENCODE, run=order.run, task=order.task, count=outcome.samples)
+            try:
+                parcel = codec.dumps(outcome.batch)
+            except BaseException as error:
+                outcome = self.fetcher.repair_unpicklable(order, error)
+                continue
+            self.beacon.finish()
+            rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            self.channel.send(Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report), parcel)
+            return
+        self.beacon.finish()
+        self.channel.send(self._reply(order, outcome))
+
+    def _reply(self, order: Fetch, outcome: Outcome) -> Any:
+        if isinstance(outcome, Short):
+            return Unfilled(order.run, order.task, outcome.avoid, outcome.report)
+        if isinstance(outcome, Broken):
+            return Failed(order.run, order.task, Raised.of(outcome.error, self.where), outcome.report)
+        if isinstance(outcome, Loaded):  # encoded twice in vain, though each part can be: collate_fn is at fault
+            error = TypeError("collate_fn returned something that cannot be pickled")
+            return Failed(order.run, order.task, Raised.of(error, self.where), outcome.report or Report())
+        return Exhausted(order.run, order.task, outcome.report)
+
+
+def _decode(parcel: codec.Parcel) -> Any:
+    """What the training process will do with a parcel."""
+    blocks = []
+    for low, memory in parcel.buffers:
+        block = torch.empty(memory.nbytes, dtype=torch.uint8)
+        memoryview(block.numpy())[:] = memory
+        blocks.append((low, block))
+    return codec.loads(parcel.pickled, blocks)
+
+
+def _do_nothing(number: int, frame: Any) -> None:
+    return None
