@@ -1,6 +1,6 @@
 """robustloader: a drop-in DataLoader for training jobs that run for days.
 
-    from robustloader import RobustDataLoader as DataLoader
+from robustloader import RobustDataLoader as DataLoader
 """
 
 from robustloader.errors import (

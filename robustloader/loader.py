@@ -129,6 +129,12 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
 
     # --- iterating
 
+    def __iter__(self) -> Any:
+        """A new epoch; with ``persistent_workers``, by the workers of the one before unless an error ended them."""
+        if self._iterator is not None and getattr(self._iterator, "closed", False):
+            self._iterator = None
+        return super().__iter__()
+
     def make_iterator(self) -> Any:
         """A new iterator over one epoch; ``iter(loader)`` calls it."""
         if torch_private.is_datapipe(self.dataset):
@@ -228,8 +234,8 @@ def warn_datapipe() -> None:
     from robustloader.errors import RobustLoaderWarning
 
     warnings.warn(
-        "the dataset is one of torch's (deprecated) DataPipes: torch's own iterator loads it, without capture, recovery "
-        "or telemetry",
+        "the dataset is one of torch's (deprecated) DataPipes: torch's own iterator loads it, without fault capture, "
+        "recovery or telemetry",
         RobustLoaderWarning,
         stacklevel=4,
     )

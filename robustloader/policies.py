@@ -258,4 +258,3 @@ def _describe(strategy: Any) -> str:
 
 def _names(types: tuple[type, ...]) -> str:
     return "(" + ", ".join(t.__name__ for t in types) + ("," if len(types) == 1 else "") + ")"
-

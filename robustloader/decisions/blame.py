@@ -17,7 +17,7 @@ from typing import Literal
 
 from robustloader.decisions.keys import Key
 
-__all__ = ["Blame", "Cause", "Judgement", "OUTSIDE_TRIALS"]
+__all__ = ["OUTSIDE_TRIALS", "Blame", "Cause", "Judgement"]
 
 Cause = Literal["memory", "shared memory", "crash", "exit", "killed", "start", "hang", "unknown"]
 

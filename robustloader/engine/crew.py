@@ -31,6 +31,10 @@ logger = logging.getLogger("robustloader")
 _TAKES_TRAINER_ALONG: frozenset[Cause] = frozenset(("memory", "shared memory", "crash", "exit", "hang"))
 _HISTORY = 64
 
+Details = Callable[["Slot"], dict[str, Any]]
+"""What a slot's next process must be told beyond its ids. Passed per call: kept here, it would tie crew and iterator
+into a cycle, and an abandoned iterator would not go at once."""
+
 
 @dataclass(slots=True, eq=False)
 class TrialCase:
@@ -49,7 +53,7 @@ class Slot:
 
     Attributes:
         state: "live" (there is a process), "waiting" (for its restart), "starting" (off the calling thread),
-            "retired" (the pool has shrunk).
+            "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk).
         streak: deaths in a row without a finished task between them.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
         ended, batches, orders: iterable only. Whether this shard has ended, how many of its batches have arrived, and
@@ -79,8 +83,8 @@ class Crew:
     """Slots, restart budget and pool size of one iterator.
 
     Args:
-        details: what a worker's setup needs beyond its ids, for a (re)start: ``(slot) -> keyword arguments``.
         policy: None recovers nothing.
+        heals: whether the pool may grow back within an epoch.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class Crew:
         num_workers: int,
         policy: RecoveryPolicy | None,
         timeout_s: float,
-        details: Callable[[Slot], dict[str, Any]],
+        heals: bool,
     ) -> None:
         self.pool = pool
         self.policy = policy
@@ -98,10 +102,11 @@ class Crew:
         self.slots = [Slot(worker_id) for worker_id in range(num_workers)]
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self.recording: EpochRecording
-        self._details = details
+        self._heals = heals
         self._deaths: list[tuple[Cause, Key | None]] = []
         self._oom_kills = host.memory_kills()
-        self._last_tick_ns = 0
+        self._wait_begun_ns = 0
+        self._waited_ns = 0
         self._since_shrink = 0
         if policy is not None:
             self.budget = RestartBudget(
@@ -122,18 +127,18 @@ class Crew:
     @property
     def processes(self) -> int:
         """Worker processes there are, or will be when their restart is due."""
-        return sum(slot.state != "retired" for slot in self.slots)
+        return sum(slot.state in ("live", "waiting", "starting") for slot in self.slots)
 
     @property
     def tick_s(self) -> float:
         """How often, in seconds, deadlines should be looked at."""
         return 1.0 if self.hang_after_s is None else min(1.0, max(0.02, self.hang_after_s / 8))
 
-    def start_all(self) -> BaseException | None:
+    def start_all(self, details: Details) -> Exception | None:
         """Start every slot's first process. What one raises comes back; those started before stay."""
         for slot in self.slots:
             try:
-                slot.worker = self.pool.start(slot.worker_id, slot.incarnation, **self._details(slot))
+                slot.worker = self.pool.start(slot.worker_id, slot.incarnation, **details(slot))
             except Exception as error:
                 return error
             slot.state = "live"
@@ -161,6 +166,8 @@ class Crew:
             return "start"
         if code is None:
             return "unknown"
+        if code == 1 and not died.worker.ready:
+            return "start"  # Python's exit status after an exception in multiprocessing's own start-up
         if code == -signal.SIGKILL:
             return "memory" if self._oom_kills > kills else "killed"
         if code == -signal.SIGBUS:
@@ -199,12 +206,15 @@ class Crew:
     def spend(self, cause: Cause, key: Key | None) -> bool:
         """Book a death; whether there is credit for a restart."""
         self._deaths.append((cause, key))
-        return self.budget.spend() and cause != "memory"
+        return self.budget.spend()
 
-    def forgive(self, key: Key, deaths: int) -> None:
-        """A sample was convicted: its deaths are explained and will not come again."""
+    def forgive(self, key: Key | None, deaths: int) -> None:
+        """A sample (or, without key, a batch) was convicted: its deaths are explained and will not come again."""
         self.budget.refund(deaths)
-        self._deaths = [death for death in self._deaths if death[1] != key]
+        if key is None:
+            del self._deaths[-deaths:]
+        else:
+            self._deaths = [death for death in self._deaths if death[1] != key]
 
     def schedule(self, slot: Slot) -> None:
         """Restart the slot's worker when its backoff is over."""
@@ -217,6 +227,7 @@ class Crew:
         slot.state = "retired"
         self.size -= 1
         self._since_shrink = 0
+        self.recording.active_workers = self.size
         self.emit(PoolShrunk(epoch=self.recording.epoch, workers=self.size, reason=reason))
         logger.warning("the pool shrank to %d workers: %s", self.size, reason)
 
@@ -227,7 +238,7 @@ class Crew:
             if slot.worker is not None:
                 self.pool.dismiss(slot.worker)
                 slot.worker = None
-        self.size = 0
+        self.size = self.recording.active_workers = 0
         self.emit(PoolShrunk(epoch=self.recording.epoch, workers=0, reason=reason))
         logger.warning("the training process loads the rest of the epoch itself: %s", reason)
 
@@ -249,10 +260,11 @@ class Crew:
                 self._heal()
 
     def _heal(self) -> None:
-        if not 0 < self.size < len(self.slots):
+        if not self._heals or not 0 < self.size < len(self.slots):
             return
         slot = next(slot for slot in self.slots if slot.state == "retired")
         self.size += 1
+        self.recording.active_workers = self.size
         slot.streak = 0
         self.schedule(slot)
         self.emit(PoolHealed(epoch=self.recording.epoch, workers=self.size))
@@ -268,13 +280,13 @@ class Crew:
                 wait = min(wait, max(0.0, (slot.due_ns - now) / 1e9))
         return wait
 
-    def start_due(self) -> None:
+    def start_due(self, details: Details) -> None:
         """Start the processes whose time has come."""
         now = time.monotonic_ns()
         for slot in self.slots:
             if slot.state == "waiting" and slot.due_ns <= now:
                 slot.state = "starting"
-                self.pool.start_aside(slot.worker_id, slot.incarnation, **self._details(slot))
+                self.pool.start_aside(slot.worker_id, slot.incarnation, **details(slot))
 
     def arrived(self, worker: Worker) -> Slot:
         """A process that was started aside is there."""
@@ -294,16 +306,20 @@ class Crew:
 
     def begin_wait(self) -> None:
         """The trainer begins to wait: silence counts from here on, not while it computed."""
-        self._last_tick_ns = time.monotonic_ns()
+        self._wait_begun_ns = time.monotonic_ns()
 
     def watch(self, name_sample: Callable[[Worker], Any]) -> None:
         """Look at deadlines: kill what hangs, report what stalls. ``name_sample`` tells what a worker has in hand."""
         policy = self.policy
-        now = time.monotonic_ns()
-        passed_s = (now - self._last_tick_ns) / 1e9
-        if policy is None or passed_s < self.tick_s / 2:
+        if policy is None:
             return
-        self._last_tick_ns = now
+        now = time.monotonic_ns()
+        self._waited_ns += now - self._wait_begun_ns
+        self._wait_begun_ns = now
+        passed_s = self._waited_ns / 1e9
+        if passed_s < self.tick_s / 2:
+            return
+        self._waited_ns = 0
         passed_s = min(passed_s, 2 * self.tick_s)  # a longer gap means that this process itself was stopped
         for worker in self.pool.workers:
             if worker.dismissed or worker.killed_for:
@@ -317,7 +333,7 @@ class Crew:
                 continue
             worker.silent_s += passed_s
             limit = self.hang_after_s
-            if limit is not None and worker.silent_s > limit * max(1, reading.count):
+            if limit is not None and worker.silent_s > limit * max(1, reading.in_flight):
                 self._kill_hung(worker, name_sample(worker))
             elif policy.stall_report_s is not None and worker.silent_s > policy.stall_report_s and not worker.reported:
                 worker.reported = True
@@ -358,7 +374,7 @@ class Crew:
     def crash_error(self, event: WorkerCrashed) -> WorkerCrashError:
         """What a death is without recovery, in words that users of torch search for."""
         hint = {
-            "memory": "The kernel's memory killer took it: use fewer workers, a smaller prefetch_factor or more memory.",
+            "memory": "The kernel's memory killer took it: use fewer workers or a smaller prefetch_factor.",
             "shared memory": "It is possible that dataloader's workers are out of shared memory. "
             "Please try to raise your shared memory limit.",
             "crash": "Native code crashed while loading: try the sample alone, outside the loader.",

@@ -1,4 +1,4 @@
-"""Faults as the training process meets them: recorded, counted against the budget, warned of once, raised if need be."""
+"""Faults as the training process meets them: recorded, counted against the budget, warned of, raised if need be."""
 
 from __future__ import annotations
 
@@ -191,7 +191,8 @@ def _build(type_pickle: bytes | None, text: str) -> Exception | None:
         return None
     message = torch_private.key_error_message(text) if kind is KeyError else text
     try:
-        error = kind(message=message) if getattr(kind, "message", None) else kind(message)
+        make: Any = kind
+        error: Exception = make(message=message) if getattr(kind, "message", None) else make(message)
     except BaseException:
         try:
             error = kind(message)
@@ -206,4 +207,3 @@ def _text(value: Any, *, plain: bool = False) -> str:
     except Exception:  # a user's __repr__
         text = f"<{type(value).__qualname__}>"
     return text if len(text) <= 200 else text[:197] + "..."
-

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from robustloader.decisions.keys import as_list, positions_of
 from robustloader.decisions.spares import SpareReservoir
-from robustloader.engine.faults import FaultDesk, rebuild
+from robustloader.engine.books import MAX_ROUNDS, loaded_indices, spares_for
+from robustloader.engine.faults import rebuild
 from robustloader.engine.options import EngineOptions
 from robustloader.errors import SampleError
 from robustloader.events import BatchInfo
@@ -22,20 +23,7 @@ from robustloader.transport.messages import Fetch, Raised, Report
 from robustloader.worker.fetch import Broken, Ended, Loaded, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.seeding import RandomStreams, preserve_rng, seed_batch
 
-__all__ = ["InProcessIterator", "SPARES_PER_TASK", "StandIn", "batch_nbytes", "spares_for"]
-
-SPARES_PER_TASK = 4
-MAX_ROUNDS = 8
-"""How often a task is filled up with new spares before it is given up."""
-
-
-def spares_for(
-    reservoir: SpareReservoir, desk: FaultDesk, task: int, avoid: int, round: int = 1
-) -> tuple[Any, ...]:
-    """Spares for a task with ``avoid`` samples to replace from the start, none of them known to be bad."""
-    spares = reservoir.draw(task, SPARES_PER_TASK + 2 * avoid, round=round)
-    bad = set(positions_of(spares, desk.known_bad))
-    return tuple(spare for place, spare in enumerate(spares) if place not in bad) if bad else spares
+__all__ = ["InProcessIterator", "StandIn", "batch_nbytes"]
 
 
 def batch_nbytes(batch: Any, depth: int = 3) -> int:
@@ -52,7 +40,7 @@ def batch_nbytes(batch: Any, depth: int = 3) -> int:
 class InProcessIterator(torch_private.LoaderIterator):
     """One epoch with ``num_workers=0``: everything happens in the thread that calls ``next()``.
 
-    *Source*: ``_SingleProcessDataLoaderIter`` in ``torch/utils/data/dataloader.py``, torch 2.13, for the order of calls.
+    *Source*: ``_SingleProcessDataLoaderIter``, ``torch/utils/data/dataloader.py``, torch 2.13, for the order of calls.
     """
 
     def __init__(self, loader: DataLoader[Any], options: EngineOptions) -> None:
@@ -71,6 +59,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._ahead: list[Any] = []
         self._error: Exception | None = None
         self.batch_info: BatchInfo | None = None
+        self.active_workers = 0
         self._fetcher = make_fetcher(
             Plan(
                 dataset=options.dataset,
@@ -141,9 +130,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._recording.delivered(outcome.samples, batch_nbytes(batch))
         self.batch_info = BatchInfo(
             index=task,
-            indices=loaded_indices(
-                () if self._options.iterable else samples or as_list(indices, batched=batched), report
-            ),
+            indices=() if self._options.iterable else loaded_indices(as_list(indices, batched=batched), report),
             replaced=replaced,
             skipped=report.skipped,
             load_s=load_ns / 1e9,
@@ -197,24 +184,12 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._close_recording(complete=False)
 
 
-def loaded_indices(samples: Any, report: Report | None) -> tuple[Any, ...]:
-    """The indices that a batch was really made of, in its order."""
-    if report is None:
-        return tuple(samples)
-    replaced, skipped = report.replaced, set(report.skipped)
-    return tuple(
-        replaced[place][1] if place in replaced else index
-        for place, index in enumerate(samples)
-        if place not in skipped
-    )
-
-
 class StandIn:
     """The training process doing a worker's work: its ``get_worker_info()``, its ``worker_init_fn``, its collate
     semantics, and random streams that leave the training process's own where they were.
 
-    A map-style dataset is the trainer's own, as with ``num_workers=0``. Of an iterable one it takes a copy where it can,
-    because ``worker_init_fn`` may change it to this worker's share.
+    A map-style dataset is the trainer's own, as with ``num_workers=0``. Of an iterable one it takes a copy where it
+    can, because ``worker_init_fn`` may change it to this worker's share.
     """
 
     def __init__(

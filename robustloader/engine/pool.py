@@ -20,7 +20,7 @@ from pickle import PicklingError
 from typing import Any, NamedTuple
 
 from robustloader.system import host
-from robustloader.transport.channel import Channel, Frame, channel_pair
+from robustloader.transport.channel import Frame, channel_pair
 from robustloader.transport.codec import Parcel
 from robustloader.worker.beacon import INIT, Beacon, Reading
 from robustloader.worker.process import STACK_SIGNAL, Setup, run_worker
@@ -39,7 +39,8 @@ class Worker:
         ready: it has said :class:`~robustloader.transport.messages.Ready`.
         finished: tasks that came back from it.
         dismissed: it was asked to leave; its end is expected.
-        killed_for: why this process killed it ("hang", "start", "recycled"), or "".
+        killed_for: why it is as good as killed by this process ("hang", "start"), or "".
+        run: the iterator's epoch it was started in.
         silent_s: how long it has been in one phase while the trainer waited, in seconds.
     """
 
@@ -59,6 +60,7 @@ class Worker:
         self.finished = 0
         self.dismissed = False
         self.killed_for = ""
+        self.run = 0
         self.gone_ns = 0
         self.silent_s = 0.0
         self.silent_since = 0
@@ -72,6 +74,7 @@ class Worker:
 
     def start(self, context: Any, make_setup: Callable[..., Setup], **details: Any) -> None:
         """Start the process. May block for as long as pickling and a spawned interpreter's start take."""
+        self.run = details["run"]
         try:
             setup = make_setup(
                 end=self._their_end,
@@ -194,7 +197,8 @@ class Pool:
 
     Args:
         context: a multiprocessing context, or the ``torch.multiprocessing`` module.
-        make_setup: makes a worker's :class:`Setup` from what belongs to the process.
+        make_setup: makes a worker's :class:`Setup` from what belongs to the process. Must not know the iterator, which
+            would never be collected: whatever ends the pool at exit holds the pool.
     """
 
     def __init__(self, context: Any, make_setup: Callable[..., Setup]) -> None:
@@ -216,7 +220,7 @@ class Pool:
 
     @property
     def start_method(self) -> str:
-        """ "fork", "forkserver" or "spawn"."""
+        """One of "fork", "forkserver" and "spawn"."""
         return str(self._context.get_start_method())
 
     # --- starting
@@ -307,7 +311,7 @@ class Pool:
         happenings: list[Happening] = []
         dead: list[Worker] = []
         for key, events in self._selector.select(timeout_s):
-            worker = key.data
+            worker: Worker | None = key.data
             if worker is None:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake_fd)

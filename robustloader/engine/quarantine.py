@@ -101,7 +101,9 @@ def _read(path: str) -> set[Key]:
             ) from error
         if schema != SCHEMA or not isinstance(key, (int, str)) or isinstance(key, bool):
             raise OptionError(
-                "quarantine", path, f"a quarantine file of schema {SCHEMA}, but its line {number} is not; it was not changed"
+                "quarantine",
+                path,
+                f"a quarantine file of schema {SCHEMA}, but its line {number} is not; it was not changed",
             )
         keys.add(key)
     return keys

@@ -85,7 +85,7 @@ def numpy_seed(base_seed: int, worker_id: int) -> list[int]:
 
 def prepare_worker_process() -> None:
     """What torch does first in a worker: C handlers that name a fatal signal on stderr, and a thread name."""
-    _torch_signals._set_worker_signal_handlers()
+    _torch_signals._set_worker_signal_handlers()  # type: ignore[attr-defined,unused-ignore]
     set_name = getattr(torch.multiprocessing, "_set_thread_name", None)
     if set_name is not None:
         set_name("pt_data_worker")
@@ -148,7 +148,7 @@ class LoaderIterator(_BaseDataLoaderIter):
 
     def next_indices(self) -> Any:
         """What the sampler yields next; raises ``StopIteration`` at its end."""
-        return self._next_index()
+        return self._next_index()  # type: ignore[no-untyped-call,unused-ignore]
 
     def next_batch(self) -> Any:
         """The next batch; raises ``StopIteration`` at the end of the epoch."""

@@ -231,7 +231,7 @@ class _Parser:
                 block = torch.empty(size, dtype=torch.uint8)
                 self._buffers.append((low, block))
                 if size:
-                    self._pending.append(memoryview(block.numpy()))
+                    self._pending.append(block.numpy().data)
             self._pending.reverse()
         if self._pending:
             self._expect(self._pending.pop())

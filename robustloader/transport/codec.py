@@ -145,11 +145,16 @@ class _Pickler(pickle.Pickler):
                 "a batch holds a tensor that requires grad and is not a leaf: autograd does not cross processes; "
                 "call detach() on it in the dataset or in collate_fn"
             )
-        size, stride, offset, item = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.element_size()
+        size, stride, offset, item = (
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.storage_offset(),
+            tensor.element_size(),
+        )
         storage = self._storage_of(tensor.untyped_storage())
         if tensor.numel():
-            last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-            storage.use(offset * item, (last + 1) * item)
+            last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+            storage.use(int(offset) * item, (last + 1) * item)
         else:
             offset = 0
         return _rebuild_tensor, (storage, _CODE_OF[tensor.dtype], size, stride, offset, tensor.requires_grad)
@@ -180,7 +185,7 @@ def _rebuild_tensor(
 ) -> torch.Tensor:
     low, memory = storage
     tensor = torch.empty(0, dtype=_DTYPES[code])
-    tensor.set_(memory, offset - low // tensor.element_size(), size, stride)  # type: ignore[call-overload]
+    tensor.set_(memory, offset - low // tensor.element_size(), size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 
 

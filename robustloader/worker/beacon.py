@@ -35,7 +35,7 @@ class Reading(NamedTuple):
         run, task: which task, meaningless while idle.
         position: the sample's place in the task's indices; -1 - k for spare number k; None where no single sample is
             in hand.
-        count: how many samples are in flight.
+        in_flight: how many samples that phase is about.
         started_ns: when this phase began, ``time.monotonic_ns()``.
         done: tasks finished so far.
     """
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
     run: int
     task: int
     position: int | None
-    count: int
+    in_flight: int
     started_ns: int
     done: int
 

@@ -250,7 +250,7 @@ def _decode(parcel: codec.Parcel) -> Any:
     blocks = []
     for low, memory in parcel.buffers:
         block = torch.empty(memory.nbytes, dtype=torch.uint8)
-        memoryview(block.numpy())[:] = memory
+        block.numpy().data[:] = memory
         blocks.append((low, block))
     return codec.loads(parcel.pickled, blocks)
 

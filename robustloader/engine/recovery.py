@@ -1,0 +1,279 @@
+"""What becomes of the tasks, the suspects and the pool when a worker dies.
+
+Deaths are classified by the crew and judged by the pure rules of ``decisions.blame``; this module carries the judgement
+out. It never raises: what the trainer must hear of is left in the books.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from robustloader.decisions.blame import Cause, Judgement
+from robustloader.decisions.keys import Key, index_key
+from robustloader.decisions.ledger import Task
+from robustloader.engine.books import Books
+from robustloader.engine.crew import Crew, Slot, TrialCase
+from robustloader.engine.pool import Died, NotStarted, Worker
+from robustloader.errors import SampleError, WorkerError, WorkerHangError
+from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
+from robustloader.policies import RecoveryPolicy
+
+__all__ = ["Recovery"]
+
+
+class Recovery:
+    """Recovery for one iterator.
+
+    Attributes:
+        orphans: shards of an iterable dataset without a process.
+        local: the training process loads, because no workers can be kept.
+    """
+
+    def __init__(self, books: Books, crew: Crew, policy: RecoveryPolicy | None) -> None:
+        self.books = books
+        self.crew = crew
+        self.policy = policy
+        self.orphans: deque[Slot] = deque()
+        self.local = False
+        self._local_reason = ""
+
+    # --- a death
+
+    def on_died(self, died: Died) -> None:
+        """A worker process ended that nobody had asked to."""
+        books, crew = self.books, self.crew
+        worker = died.worker
+        slot = crew.slot_of(worker)
+        cause = crew.account(died)
+        case, slot.trial = slot.trial, None
+        lost = books.ledger.release(worker.worker_id, worker.incarnation)
+        task, position, index = books.in_hand(died, case)
+        event = crew.report_death(died, cause, index, len(lost))
+        crew.vacate(slot)
+        if self.policy is None:
+            books.raise_once(crew.crash_error(event))
+            return
+        if books.iterable:
+            slot.orders.extend(lost)
+            self._restart_or_shrink(slot, cause, None)
+            return
+        key = None if task is None or position is None else index_key(index)
+        if task is None:
+            self._requeue(lost)
+            self._restart_or_shrink(slot, cause, None)
+            return
+        judgement = self._judge(task, key, cause, on_trial=case is not None)
+        waiting = case.waiting if case is not None else []
+        if judgement.action == "trial" and key is not None and position is not None:
+            suspected = [other for other in lost if key in map(index_key, other.samples)]
+            if case is None and task not in suspected:
+                suspected.append(task)
+            slot.trials.append(TrialCase(key, index, position, task, waiting + suspected))
+            self._requeue([other for other in lost if other not in suspected])
+            self._restart_or_shrink(slot, cause, key)
+            return
+        if judgement.action == "convict" and key is not None:
+            self._convict(key, index, task, judgement, event)
+        elif judgement.action == "condemn":
+            self._condemn(task, judgement, event)
+        elif judgement.action == "careful":
+            task.careful = True
+        self._requeue(waiting + lost)
+        if judgement.action in ("convict", "condemn"):
+            crew.spend(cause, key)
+            crew.forgive(key, judgement.refund)
+            crew.schedule(slot)
+        else:
+            self._restart_or_shrink(slot, cause, key)
+
+    def _judge(self, task: Task, key: Key | None, cause: Cause, *, on_trial: bool) -> Judgement:
+        blame = self.books.blame
+        if key is None:
+            return blame.task_died(task.id, cause, careful=task.careful)
+        if key in self.books.desk.known_bad:
+            return Judgement("convict", refund=1, deaths=1)
+        return blame.sample_died(key, cause, on_trial=on_trial)
+
+    def _requeue(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            if not task.arrived:
+                self.books.requeue(task)
+
+    def _convict(self, key: Key, index: Any, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
+        """It is proved that this sample kills workers: it is never loaded again, nowhere."""
+        books, desk = self.books, self.books.desk
+        if key in desk.known_bad:
+            return
+        how = {"hang": "it stayed silent", "exit": f"exit code {event.exitcode}"}.get(event.cause, event.signal)
+        message = f"sample {index!r} killed its worker {judgement.deaths} times, the last time alone in it ({how})"
+        raises = desk.policy.action == "raise"
+        desk.quarantine.add(index)
+        self._record("poison", index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")
+        if not raises:
+            return
+        error: WorkerError = self.crew.crash_error(event)
+        if event.cause == "hang":
+            error = WorkerHangError(message, worker_id=event.worker_id, pid=event.pid, index=index)
+        for other in books.ledger:
+            if not other.arrived and key in map(index_key, other.samples):
+                books.fail(other, error)
+
+    def _condemn(self, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
+        """No sample of the task kills alone, but the task does: all its samples are replaced."""
+        action = self.books.desk.policy.action
+        if action == "raise":
+            self.books.fail(task, self.crew.crash_error(event))
+            return
+        task.avoid = tuple(range(len(task.samples)))
+        message = f"batch {task.id} killed its worker {judgement.deaths} times, though no sample of it does alone"
+        self._record("poison", None, message, task, judgement.deaths, event, "replaced")
+
+    def _record(
+        self, kind: FaultKind, index: Any, message: str, task: Task, deaths: int, event: WorkerCrashed, action: Any
+    ) -> None:
+        record = FaultRecord(
+            kind=kind,
+            index=index,
+            message=message,
+            worker_id=event.worker_id,
+            pid=event.pid,
+            epoch=self.books.epoch,
+            task=task.id,
+            attempts=deaths,
+            signal=event.signal,
+            action=action,
+        )
+        self.books.desk.enter_record(record, self.books.recording)
+        try:
+            self.books.desk.check()
+        except SampleError as error:
+            self.books.raise_once(error)
+
+    # --- trials
+
+    def on_trial_passed(self, slot: Slot) -> None:
+        """A suspect did not kill its worker when it was alone in it."""
+        case, slot.trial = slot.trial, None
+        if case is not None:
+            self.books.blame.acquit(case.key)
+            self._requeue(case.waiting)
+        if self._local_reason and not self._trials_open():
+            self._go_local()
+
+    def _trials_open(self) -> bool:
+        return any(slot.trials or slot.trial for slot in self.crew.slots)
+
+    def _give_up_trials(self) -> None:
+        """Suspects that cannot be tried are left out rather than loaded in the training process."""
+        for slot in self.crew.slots:
+            cases = [*slot.trials, *([slot.trial] if slot.trial else [])]
+            slot.trials.clear()
+            slot.trial = None
+            for case in cases:
+                self.books.desk.quarantine.add(case.index)
+                self._requeue(case.waiting)
+        self._go_local()
+
+    # --- restarts, and fewer workers
+
+    def on_not_started(self, happening: NotStarted) -> None:
+        """A process could not be started in a dead one's place."""
+        slot = self.crew.slot_of(happening.worker)
+        slot.incarnation += 1
+        slot.streak += 1
+        self._restart_or_shrink(slot, "start", None, f"a worker process could not be started: {happening.error}")
+
+    def without(self, slots: list[Slot], error: BaseException) -> None:
+        """These first processes could not be started."""
+        assert self.policy is not None
+        reason = f"a worker process could not be started: {error}"
+        if len(self.crew.slots) - len(slots) < self.policy.min_workers:
+            self._fall_back(reason, None)
+            return
+        for slot in slots:
+            self.crew.retire(slot, reason)
+            self._hand_on(slot)
+
+    def _restart_or_shrink(self, slot: Slot, cause: Cause, key: Key | None, reason: str = "") -> None:
+        assert self.policy is not None
+        credit = self.crew.spend(cause, key)
+        # Where memory runs out, a worker less helps, and the same number again does not.
+        if credit and not (cause == "memory" and self.crew.size > self.policy.min_workers):
+            self.crew.schedule(slot)
+        else:
+            self._shrink(slot, reason or cause)
+
+    def _shrink(self, slot: Slot, reason: str) -> None:
+        assert self.policy is not None
+        crew = self.crew
+        if crew.size - 1 >= self.policy.min_workers:
+            crew.retire(slot, f"worker {slot.worker_id} is not restarted ({reason})")
+            crew.budget.refill()
+            self._hand_on(slot)
+        elif self._local_reason:
+            self._give_up_trials()  # only trials were left to do, and even they cannot be had
+        else:
+            self._fall_back(f"no worker is left and the restart budget is spent ({reason})", slot)
+
+    def _hand_on(self, slot: Slot) -> None:
+        """A retired slot's suspects go to another slot; its shard waits for a place."""
+        if self.books.iterable:
+            self.books.withdraw_stream(slot.worker_id)
+            slot.orders.clear()
+            if not slot.ended:
+                self.orphans.append(slot)
+            return
+        heir = next((other for other in self.crew.slots if other.state not in ("retired", "ended")), None)
+        if heir is not None:
+            heir.trials.extend(slot.trials)
+            slot.trials.clear()
+
+    def _fall_back(self, reason: str, slot: Slot | None) -> None:
+        """No workers can be kept: the training process loads the rest, where that is allowed and safe."""
+        crew = self.crew
+        assert self.policy is not None
+        if not self.policy.in_process or not crew.safe_in_process:
+            why = "in_process=False" if not self.policy.in_process else "what killed them would kill it too"
+            self.books.raise_once(
+                crew.budget_error(f"{reason}, and the training process does not load in their place: {why}.")
+            )
+            return
+        self._local_reason = reason
+        if slot is not None and self._trials_open():
+            # Suspects are never loaded in the training process: one more process tries them, outside the budget.
+            crew.schedule(slot)
+            return
+        self._go_local()
+
+    def _go_local(self) -> None:
+        books = self.books
+        self.local = True
+        for slot in self.crew.slots:
+            if books.iterable:
+                books.withdraw_stream(slot.worker_id)
+                slot.orders.clear()
+                if not slot.ended and slot not in self.orphans:
+                    self.orphans.append(slot)
+            elif slot.worker is not None:
+                self._requeue(books.ledger.release(slot.worker_id, slot.worker.incarnation))
+        self.crew.retire_all(self._local_reason)
+
+    # --- shards of an iterable dataset
+
+    def on_left(self, worker: Worker) -> None:
+        """A process that was asked to leave has left."""
+        slot = self.crew.slot_of(worker)
+        if slot.worker is worker:
+            slot.worker = None
+            if slot.state == "live":
+                slot.state = "ended"
+
+    def next_orphan(self) -> Slot | None:
+        """A shard that lost its process, once there is a place for it again."""
+        if self.orphans and self.crew.processes < self.crew.size:
+            slot = self.orphans.popleft()
+            slot.streak = 0
+            self.crew.schedule(slot)
+            return slot
+        return None
