@@ -14,7 +14,7 @@ from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
 from robustloader.engine.iterator import MultiprocessIterator
 from robustloader.engine.memory import check_memory
-from robustloader.engine.options import EngineOptions
+from robustloader.engine.options import EngineOptions, EpochCounter
 from robustloader.errors import OptionError
 from robustloader.policies import (
     Action,
@@ -124,16 +124,10 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         check_choice("transport", transport, get_args(Transport))
         self._desk = FaultDesk(fault_policy(faults))
         self._recorder = Recorder(telemetry)
-        self._epoch = 0
+        self._epochs = EpochCounter()
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # --- iterating
-
-    def __iter__(self) -> Any:
-        """A new epoch; with ``persistent_workers``, by the workers of the one before unless an error ended them."""
-        if self._iterator is not None and getattr(self._iterator, "closed", False):
-            self._iterator = None
-        return super().__iter__()
 
     def make_iterator(self) -> Any:
         """A new iterator over one epoch; ``iter(loader)`` calls it."""
@@ -146,7 +140,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             seeding=self.seeding,
             desk=self._desk,
             recorder=self._recorder,
-            next_epoch=self._next_epoch,
+            epochs=self._epochs,
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
             dataset=self.dataset,
@@ -160,11 +154,6 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             iterator = MultiprocessIterator(self, options, prefetch_factor=prefetch)
         self._iterators.add(iterator)
         return iterator
-
-    def _next_epoch(self) -> int:
-        epoch = self._epoch
-        self._epoch += 1
-        return epoch
 
     # --- what happened
 
@@ -201,11 +190,8 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
     # --- copies
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
         # Iterators belong to this process and this object.
-        state["_iterator"] = None
-        state["_iterators"] = None
-        return state
+        return {**super().__getstate__(), "_iterators": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

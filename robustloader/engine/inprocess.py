@@ -49,7 +49,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             raise AssertionError("_SingleProcessDataLoaderIter requires timeout == 0")
         self._options = options
         self._desk = options.desk
-        self.epoch = options.next_epoch()
+        self.epoch = options.epochs.next()
         self._recording = options.recorder.begin_epoch(
             epoch=self.epoch, workers=0, usable_cpus=host.usable_cpus(), now_ns=time.monotonic_ns()
         )

@@ -138,7 +138,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _open_books(self) -> None:
         recording = self._options.recorder.begin_epoch(
-            epoch=self._options.next_epoch(),
+            epoch=self._options.epochs.next(),
             workers=self.num_workers,
             usable_cpus=host.usable_cpus(),
             now_ns=time.monotonic_ns(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,20 @@ from robustloader.engine.faults import FaultDesk
 from robustloader.policies import FaultPolicy, RecoveryPolicy, Seeding
 from robustloader.telemetry import Recorder
 
-__all__ = ["EngineOptions"]
+__all__ = ["EngineOptions", "EpochCounter"]
+
+
+class EpochCounter:
+    """Numbers the epochs of a loader from 0. An object of its own, so that no iterator need hold its loader."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def next(self) -> int:
+        """The number of the epoch that begins now."""
+        epoch = self._next
+        self._next += 1
+        return epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +30,7 @@ class EngineOptions:
     """Settings and shared bookkeeping of one loader.
 
     Attributes:
-        next_epoch: numbers the epochs of the loader, from 0, over all its iterators.
+        epochs: numbers the epochs of the loader, over all its iterators.
         iterable, batched: the kind of dataset, and whether the loader makes batches itself.
     """
 
@@ -27,7 +39,7 @@ class EngineOptions:
     seeding: Seeding
     desk: FaultDesk
     recorder: Recorder
-    next_epoch: Callable[[], int]
+    epochs: EpochCounter
     iterable: bool
     batched: bool
     dataset: Any

@@ -55,7 +55,9 @@ class Recovery:
             books.raise_once(crew.crash_error(event))
             return
         if books.iterable:
-            slot.orders.extend(lost)
+            for order in reversed(lost):
+                order.worker_id = slot.worker_id  # only this shard can do it
+                slot.orders.appendleft(order)
             self._restart_or_shrink(slot, cause, None)
             return
         key = None if task is None or position is None else index_key(index)

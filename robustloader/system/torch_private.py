@@ -125,6 +125,16 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
         """The iterator torch's own loader would make."""
         return super()._get_iterator()
 
+    def __iter__(self) -> Any:
+        """A new epoch; with ``persistent_workers``, by the workers of the one before unless an error ended them."""
+        if self._iterator is not None and getattr(self._iterator, "closed", False):
+            self._iterator = None
+        return super().__iter__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the persistent iterator, which cannot leave its process."""
+        return {**self.__dict__, "_iterator": None}
+
     def _get_iterator(self) -> Any:
         return self.make_iterator()
 
