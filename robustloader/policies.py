@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tenacity import stop_after_attempt, wait_exponential_jitter
+from tenacity import stop_after_attempt, wait_exponential, wait_random
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
@@ -86,11 +86,6 @@ def check_exceptions(name: str, value: object) -> None:
     raise OptionError(name, value, "a tuple of exception types")
 
 
-def _same(a: object, b: object) -> bool:
-    """tenacity's strategies do not define equality: two are the same when type and settings are."""
-    return type(a) is type(b) and vars(a) == vars(b)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Retry:
     """When and how a sample that failed is tried again, in the worker that failed, before it counts as a fault.
@@ -105,20 +100,21 @@ class Retry:
     """
 
     stop: stop_base = field(default_factory=lambda: stop_after_attempt(3))
-    wait: wait_base = field(default_factory=lambda: wait_exponential_jitter(initial=0.05, max=2.0, jitter=0.1))
+    wait: wait_base = field(default_factory=lambda: wait_exponential(multiplier=0.05, max=2.0) + wait_random(0, 0.1))
     on: tuple[type[BaseException], ...] = TRANSIENT
 
     def __post_init__(self) -> None:
         if not callable(self.stop) or type(self.stop).__name__ == "_stop_never":
             raise OptionError("stop", self.stop, "a tenacity stop strategy that ends, such as stop_after_attempt(3)")
         if not callable(self.wait):
-            raise OptionError("wait", self.wait, "a tenacity wait strategy, such as wait_exponential_jitter()")
+            raise OptionError("wait", self.wait, "a tenacity wait strategy, such as wait_exponential(max=2)")
         check_exceptions("on", self.on)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Retry):
             return NotImplemented
-        return _same(self.stop, other.stop) and _same(self.wait, other.wait) and self.on == other.on
+        # tenacity's strategies do not define equality: two are the same when their types and settings are.
+        return self.on == other.on and repr(self) == repr(other)
 
     def __hash__(self) -> int:
         return hash((type(self.stop), type(self.wait), self.on))
@@ -252,7 +248,12 @@ class TelemetryPolicy:
 
 
 def _describe(strategy: Any) -> str:
-    settings = ", ".join(f"{k}={v!r}" for k, v in vars(strategy).items())
+    """A tenacity strategy as text: they have no ``repr`` of their own, and may hold others."""
+    if isinstance(strategy, (tuple, list)):
+        return "(" + ", ".join(map(_describe, strategy)) + ")"
+    if not isinstance(strategy, (stop_base, wait_base)):
+        return repr(strategy)
+    settings = ", ".join(f"{name}={_describe(value)}" for name, value in vars(strategy).items())
     return f"{type(strategy).__name__}({settings})"
 
 

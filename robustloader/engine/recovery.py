@@ -108,7 +108,7 @@ class Recovery:
         if key in desk.known_bad:
             return
         how = {"hang": "it stayed silent", "exit": f"exit code {event.exitcode}"}.get(event.cause, event.signal)
-        message = f"sample {index!r} killed its worker {judgement.deaths} times, the last time alone in it ({how})"
+        message = f"it killed its worker {judgement.deaths} times, the last time alone in it ({how})"
         raises = desk.policy.action == "raise"
         desk.quarantine.add(index)
         self._record("poison", index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")

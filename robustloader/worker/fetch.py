@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from tenacity import Retrying, retry_if_exception
 
 from robustloader.decisions.isolation import find_misfits
-from robustloader.decisions.keys import as_list
+from robustloader.decisions.keys import Key, as_list, index_key
 from robustloader.events import FaultAction, FaultKind
 from robustloader.policies import FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
@@ -164,15 +164,20 @@ class MapFetcher:
     def trial(self, order: Trial) -> None:
         """Do everything to one sample that a batch would do to it. An exception means that it did not kill."""
         plan = self.plan
-        if plan.beacon:
-            plan.beacon.enter(ITEM, run=order.run, task=order.task, position=order.position)
+        self._enter(ITEM, order)
         try:
             value = _get_one(plan, order.index)
+            self._enter(COLLATE, order)
             batch = plan.collate_fn([value] if plan.batched else value)
+            self._enter(ENCODE, order)
             if plan.encode:
                 plan.encode(batch)
         except plan.catches:
             return
+
+    def _enter(self, phase: int, order: Trial) -> None:
+        if self.plan.beacon:
+            self.plan.beacon.enter(phase, run=order.run, task=order.task, position=order.position)
 
     def _broken(self, order: Fetch, error: BaseException, position: int) -> Broken:
         samples = as_list(order.indices, batched=self.plan.batched)
@@ -346,6 +351,8 @@ class _Repair:
             self.bad = self.bad[:1]
         for position in sorted(self.bad):
             for number, spare in self.spares:
+                if index_key(spare) in self._failed_keys():
+                    continue
                 try:
                     self.values[position] = self._load(spare, -1 - number)
                 except _Bad as bad:
@@ -356,6 +363,9 @@ class _Repair:
             else:
                 return False
         return True
+
+    def _failed_keys(self) -> set[Key]:
+        return {index_key(self.samples[position]) for position in self.failed}
 
     def _replace(self, position: int, spare: Any) -> None:
         self.bad.remove(position)
