@@ -19,7 +19,11 @@ repeats them for people.
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +47,22 @@ __all__ = [
 
 class RobustLoaderWarning(UserWarning):
     """Something was survived that the user should know of."""
+
+
+_OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def warn_user(text: str) -> None:
+    """Emit a :class:`RobustLoaderWarning` that points at the user's line: the first outside this package and torch."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not frame.f_code.co_filename.startswith(_OWN_FOLDER) and not name.startswith("torch."):
+            break
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, RobustLoaderWarning, stacklevel=level)
 
 
 class RobustLoaderError(Exception):

@@ -15,7 +15,7 @@ from robustloader.engine.inprocess import InProcessIterator
 from robustloader.engine.iterator import MultiprocessIterator
 from robustloader.engine.memory import check_memory
 from robustloader.engine.options import EngineOptions, EpochCounter
-from robustloader.errors import OptionError
+from robustloader.errors import OptionError, warn_user
 from robustloader.policies import (
     Action,
     FaultPolicy,
@@ -215,13 +215,7 @@ def check_policy(name: str, value: object, kind: type) -> None:
 
 def warn_datapipe() -> None:
     """Say that DataPipes get torch's own iterator."""
-    import warnings
-
-    from robustloader.errors import RobustLoaderWarning
-
-    warnings.warn(
+    warn_user(
         "the dataset is one of torch's (deprecated) DataPipes: torch's own iterator loads it, without fault capture, "
-        "recovery or telemetry",
-        RobustLoaderWarning,
-        stacklevel=4,
+        "recovery or telemetry"
     )

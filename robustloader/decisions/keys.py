@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 __all__ = ["Key", "as_list", "index_key"]
@@ -46,8 +46,6 @@ def as_list(indices: Any, *, batched: bool) -> list[Any]:
         return []
 
 
-def positions_of(indices: Sequence[Any], known: frozenset[Key] | set[Key]) -> tuple[int, ...]:
+def positions_of(indices: Sequence[Any], known: Container[Key]) -> tuple[int, ...]:
     """Where ``indices`` hold a sample whose key is in ``known``."""
-    if not known:
-        return ()
     return tuple(p for p, index in enumerate(indices) if index_key(index) in known)

@@ -56,10 +56,14 @@ class SpareReservoir:
         size = len(kept)
         if not size:
             return ()
-        start = _mix(self._key ^ _mix(task) ^ (round << 48))
-        # An odd step below a hash of its own visits distinct slots often enough; exact distinctness costs a shuffle.
-        step = (_mix(start) % size) | 1
-        slots = dict.fromkeys((start + k * step) % size for k in range(count))
+        state = self._key ^ _mix(task) ^ (round << 48)
+        slots: dict[int, None] = {}
+        for _ in range(min(count, size)):
+            state = _mix(state)
+            slot = state % size
+            while slot in slots:
+                slot = (slot + 1) % size
+            slots[slot] = None
         return tuple(kept[slot] for slot in slots)
 
     def _offer(self, index: Any) -> None:

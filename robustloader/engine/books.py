@@ -86,7 +86,7 @@ class Books:
 
     def avoid_known(self, task: Task) -> None:
         """Provide for what must not be fetched, and for what may turn out bad."""
-        known = positions_of(task.samples, self.desk.known_bad)
+        known = positions_of(task.samples, self.desk.known_bad) if self.desk.known_bad else ()
         task.avoid = tuple(sorted({*task.avoid, *known}))
         task.spares = spares_for(self.spares, self.desk, task.id, len(task.avoid), task.rounds)
 
@@ -144,7 +144,7 @@ class Books:
 def spares_for(reservoir: SpareReservoir, desk: FaultDesk, task: int, avoid: int, round: int = 1) -> tuple[Any, ...]:
     """Spares for a task with ``avoid`` samples to replace from the start, none of them known to be bad."""
     spares = reservoir.draw(task, SPARES_PER_TASK + 2 * avoid, round=round)
-    bad = set(positions_of(spares, desk.known_bad))
+    bad = set(positions_of(spares, desk.known_bad)) if desk.known_bad else ()
     return tuple(spare for place, spare in enumerate(spares) if place not in bad) if bad else spares
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from robustloader.decisions.budgets import FaultBudget
-from robustloader.decisions.keys import Key
+from robustloader.decisions.keys import Key, index_key
 from robustloader.engine.quarantine import Quarantine
-from robustloader.errors import FaultBudgetError, RobustLoaderWarning, SampleError
-from robustloader.events import FaultRecord, SampleReplaced, ShardEnded
+from robustloader.errors import FaultBudgetError, SampleError, warn_user
+from robustloader.events import FaultKind, FaultRecord, SampleReplaced, ShardEnded
 from robustloader.policies import FaultPolicy
 from robustloader.system import torch_private
 from robustloader.telemetry import EpochRecording
@@ -39,8 +38,8 @@ class FaultDesk:
         self._commonest: Counter[str] = Counter()
 
     @property
-    def known_bad(self) -> set[Key]:
-        """Keys of the samples that are not to be fetched."""
+    def known_bad(self) -> dict[Key, FaultKind]:
+        """Samples that are not to be fetched, and why."""
         return self.quarantine.keys
 
     @property
@@ -105,15 +104,13 @@ class FaultDesk:
     def enter_record(self, record: FaultRecord, recording: EpochRecording, *, transient: bool = False) -> None:
         """Record one fault that is already described."""
         recording.fault(record)
-        if record.action in ("retried", "quarantined") and record.kind != "poison":
-            return
-        if record.action != "raised":
+        if record.action not in ("retried", "raised"):
             self.budget.faulted()
             self._commonest[f"{record.error_type or record.kind}"] += 1
             if len(self._first) < _RECORDS_IN_ERROR:
                 self._first.append(record)
             if record.kind == "poison":
-                self.quarantine.add(record.index)
+                self.quarantine.add(record.index, record.kind)
             # What failed in passing may load tomorrow: only samples that are bad by themselves are left out for good.
             if record.index is not None and not transient:
                 self.quarantine.record(record)
@@ -128,7 +125,13 @@ class FaultDesk:
         """These samples are known to be bad and were not fetched."""
         for index in indices:
             recording.fault(
-                FaultRecord(kind="exception", index=index, epoch=recording.epoch, task=task, action="quarantined")
+                FaultRecord(
+                    kind=self.known_bad.get(index_key(index), "exception"),
+                    index=index,
+                    epoch=recording.epoch,
+                    task=task,
+                    action="quarantined",
+                )
             )
 
     def check(self) -> None:
@@ -150,7 +153,7 @@ class FaultDesk:
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, RobustLoaderWarning, stacklevel=2)
+            warn_user(text)
 
 
 def rebuild(raised: Raised, *, index: Any, worker_id: int | None, pid: int | None) -> Exception:

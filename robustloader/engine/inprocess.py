@@ -99,7 +99,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         if not self._options.iterable and desk.repairs:
             samples = as_list(indices, batched=batched)
             self._spares.observe(task, samples)
-            avoid = positions_of(samples, desk.known_bad)
+            avoid = positions_of(samples, desk.known_bad) if desk.known_bad else ()
             spares = spares_for(self._spares, desk, task, len(avoid))
             if avoid:
                 desk.left_out([samples[p] for p in avoid], self._recording, task=task)

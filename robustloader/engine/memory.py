@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
-from robustloader.errors import ResourceError, RobustLoaderWarning
+from robustloader.errors import ResourceError, warn_user
 from robustloader.policies import MemoryPolicy
 from robustloader.system import host
 from robustloader.telemetry import Recorder
@@ -35,5 +33,5 @@ def check_memory(policy: MemoryPolicy | None, prefetch_factor: int | None, recor
     if policy.on_low == "adapt" and prefetch > 1:
         text += ". This epoch prefetches one batch per worker"
         prefetch = 1
-    warnings.warn(text, RobustLoaderWarning, stacklevel=2)
+    warn_user(text)
     return prefetch

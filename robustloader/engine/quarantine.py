@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import warnings
 from typing import Any
 
 from robustloader.decisions.keys import Key, index_key
-from robustloader.errors import OptionError, RobustLoaderWarning
-from robustloader.events import FaultRecord
+from robustloader.errors import OptionError, warn_user
+from robustloader.events import FaultKind, FaultRecord
 
 __all__ = ["Quarantine"]
 
@@ -29,13 +29,13 @@ class Quarantine:
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else os.fspath(path)
         self._writable = True
-        self.keys: set[Key] = set()
+        self.keys: dict[Key, FaultKind] = {}
         if self._path is not None:
             self.keys.update(_read(self._path))
 
-    def add(self, index: Any) -> None:
+    def add(self, index: Any, kind: FaultKind) -> None:
         """Never fetch this sample again in this run."""
-        self.keys.add(index_key(index))
+        self.keys[index_key(index)] = kind
 
     def record(self, fault: FaultRecord) -> None:
         """Never fetch this sample again in this run or, through the file, in a later one."""
@@ -44,7 +44,7 @@ class Quarantine:
         key = index_key(fault.index)
         if key in self.keys and fault.kind != "poison":
             return
-        self.keys.add(key)
+        self.keys[key] = fault.kind
         line = json.dumps(
             {
                 "schema": SCHEMA,
@@ -60,21 +60,27 @@ class Quarantine:
             # One write in append mode: several ranks may share the file, and a kill leaves no half line.
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                os.write(fd, line.encode() + b"\n")
+                _append(fd, line.encode() + b"\n")
             finally:
                 os.close(fd)
         except OSError as error:
             if self._writable:
                 self._writable = False
-                warnings.warn(
+                warn_user(
                     f"cannot append to the quarantine file {self._path!r} ({error}); "
-                    "bad samples are still left out in this run, but the next run will meet them again",
-                    RobustLoaderWarning,
-                    stacklevel=2,
+                    "bad samples are still left out in this run, but the next run will meet them again"
                 )
 
 
-def _read(path: str) -> set[Key]:
+def _append(fd: int, line: bytes) -> None:
+    before = os.fstat(fd).st_size
+    written = os.write(fd, line)
+    if written < len(line):  # the disk is full: half a line would make the file unreadable at the next start
+        os.ftruncate(fd, before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _read(path: str) -> dict[Key, FaultKind]:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise OptionError("quarantine", path, f"a path in an existing folder ({folder!r} does not exist)")
@@ -82,10 +88,10 @@ def _read(path: str) -> set[Key]:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")
     except FileNotFoundError:
-        return set()
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError("quarantine", path, f"a readable JSON-lines file ({error})") from error
-    keys: set[Key] = set()
+    keys: dict[Key, FaultKind] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -105,5 +111,5 @@ def _read(path: str) -> set[Key]:
                 path,
                 f"a quarantine file of schema {SCHEMA}, but its line {number} is not; it was not changed",
             )
-        keys.add(key)
+        keys[key] = entry.get("kind", "exception")
     return keys

@@ -110,7 +110,7 @@ class Recovery:
         how = {"hang": "it stayed silent", "exit": f"exit code {event.exitcode}"}.get(event.cause, event.signal)
         message = f"it killed its worker {judgement.deaths} times, the last time alone in it ({how})"
         raises = desk.policy.action == "raise"
-        desk.quarantine.add(index)
+        desk.quarantine.add(index, "poison")
         self._record("poison", index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")
         if not raises:
             return
@@ -173,7 +173,7 @@ class Recovery:
             slot.trials.clear()
             slot.trial = None
             for case in cases:
-                self.books.desk.quarantine.add(case.index)
+                self.books.desk.quarantine.add(case.index, "crash")
                 self._requeue(case.waiting)
         self._go_local()
 

@@ -10,12 +10,11 @@ import copy
 import itertools
 import logging
 import time
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 from robustloader.decisions.advice import Facts, WorkerPace, advise, judge
-from robustloader.errors import RobustLoaderWarning
+from robustloader.errors import warn_user
 from robustloader.events import (
     EpochFinished,
     Event,
@@ -489,11 +488,9 @@ class Recorder:
         for broken, _ in failed:
             self._sinks = tuple(sink for sink in self._sinks if sink is not broken)
         for broken, reason in failed:
-            warnings.warn(
+            warn_user(
                 f"telemetry sink {_name(broken)} raised {type(reason).__name__}: {reason} on {type(event).__name__}; "
-                "it gets no more events, training goes on",
-                RobustLoaderWarning,
-                stacklevel=3,
+                "it gets no more events, training goes on"
             )
 
     def __getstate__(self) -> dict[str, Any]:

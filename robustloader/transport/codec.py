@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 __all__ = ["Buffer", "Parcel", "dumps", "loads"]
@@ -128,7 +129,17 @@ class _Pickler(pickle.Pickler):
         return False
 
     def reducer_override(self, obj: Any) -> Any:
-        return self._reduce_tensor(obj) if type(obj) is torch.Tensor else NotImplemented
+        kind = type(obj)
+        if kind is torch.Tensor:
+            return self._reduce_tensor(obj)
+        if kind is torch.UntypedStorage and obj.device.type == "cpu":
+            storage = self._storage_of(obj)
+            storage.use(0, obj.nbytes())
+            return _whole_storage, (storage,)
+        if kind is np.ndarray and not obj.flags.writeable:
+            # An out-of-band buffer of a read-only array arrives read-only; through torch's queue it is writable.
+            return obj.copy().__reduce_ex__(5)
+        return NotImplemented
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
         if (
@@ -173,6 +184,10 @@ def _inline_storage(data: bytes) -> tuple[int, torch.UntypedStorage]:
     if not data:
         return 0, torch.UntypedStorage(0)
     return 0, torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
+
+
+def _whole_storage(storage: tuple[int, torch.UntypedStorage]) -> torch.UntypedStorage:
+    return storage[1]
 
 
 def _rebuild_tensor(
