@@ -40,7 +40,7 @@ class FaultDesk:
     @property
     def known_bad(self) -> dict[Key, FaultKind]:
         """Samples that are not to be fetched, and why."""
-        return self.quarantine.keys
+        return self.quarantine.kinds
 
     @property
     def repairs(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import KeysView
 from typing import Any
 
 from robustloader.decisions.keys import Key, index_key
@@ -29,22 +30,27 @@ class Quarantine:
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else os.fspath(path)
         self._writable = True
-        self.keys: dict[Key, FaultKind] = {}
+        self.kinds: dict[Key, FaultKind] = {}
         if self._path is not None:
-            self.keys.update(_read(self._path))
+            self.kinds.update(_read(self._path))
 
-    def add(self, index: Any, kind: FaultKind) -> None:
+    @property
+    def keys(self) -> KeysView[Key]:
+        """Which samples are known to be bad."""
+        return self.kinds.keys()
+
+    def add(self, index: Any, kind: FaultKind = "poison") -> None:
         """Never fetch this sample again in this run."""
-        self.keys[index_key(index)] = kind
+        self.kinds[index_key(index)] = kind
 
     def record(self, fault: FaultRecord) -> None:
         """Never fetch this sample again in this run or, through the file, in a later one."""
         if self._path is None:
             return
         key = index_key(fault.index)
-        if key in self.keys and fault.kind != "poison":
+        if key in self.kinds and fault.kind != "poison":
             return
-        self.keys[key] = fault.kind
+        self.kinds[key] = fault.kind
         line = json.dumps(
             {
                 "schema": SCHEMA,
