@@ -13,7 +13,6 @@ from robustloader.decisions.workers import AutoWorkers
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
 from robustloader.engine.iterator import MultiprocessIterator
-from robustloader.engine.memory import check_memory
 from robustloader.engine.options import EngineOptions, EpochCounter
 from robustloader.errors import OptionError, warn_user
 from robustloader.policies import (
@@ -137,6 +136,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         options = EngineOptions(
             faults=self._desk.policy,
             recovery=self.recovery,
+            memory=self.memory,
             seeding=self.seeding,
             desk=self._desk,
             recorder=self._recorder,
@@ -150,8 +150,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             iterator = InProcessIterator(self, options)
         else:
             self.check_worker_number_rationality()
-            prefetch = check_memory(self.memory, self.prefetch_factor, self._recorder)
-            iterator = MultiprocessIterator(self, options, prefetch_factor=prefetch)
+            iterator = MultiprocessIterator(self, options)
         self._iterators.add(iterator)
         return iterator
 

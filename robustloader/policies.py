@@ -177,7 +177,8 @@ class RecoveryPolicy:
             ``worker_init_fn``); None waits for ever.
         min_workers: the pool does not shrink below this many processes while it can have any.
         in_process: whether the training process itself loads what is left once ``min_workers`` cannot be kept.
-            It never does so where the deaths would take it along (crashes, memory kills).
+            It never does so where what killed the workers would take it along: crash signals, memory kills, exits and
+            hangs.
     """
 
     max_restarts: int = 8

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,12 +193,12 @@ class Demo:
 
                 def watch(batches: Any, indices: torch.Tensor, loss: float, book: Book = book, bar: Any = bar) -> None:
                     book.enter(batches.batch_info, indices.tolist())
-                    self.pids.update(process.pid for process in batches._workers)
+                    self.pids.update(worker_pids())
                     bar(1, f"loss {loss:.3f}")
                     killer(batches, indices, loss)
 
                 trainer.train_epoch(batches, watch)
-                replacement = [process.pid for process in batches._workers if process.is_alive()]
+                replacement = worker_pids()
             books.append(book)
             self.show.say(textwrap.indent(str(loader.summary()), "  ") + "\n")
         test = make_loader(RobustDataLoader, self.material.test, self.workers, shuffle=False)
@@ -303,7 +304,7 @@ class Demo:
                 batches = iter(loader)
                 for _, _, indices in batches:
                     book.enter(batches.batch_info, indices.tolist())
-                    self.pids.update(process.pid for process in batches._workers)
+                    self.pids.update(worker_pids())
                     bar(1)
             summary = loader.summary()
             opened = sum(r.action not in ("quarantined", "retried") for r in loader.fault_log)
@@ -371,7 +372,7 @@ class Killer:
         self.left -= 1
         if self.left <= 0:
             self.left = None
-            self.pid = batches._workers[0].pid
+            self.pid = worker_pids()[0]
             os.kill(self.pid, signal.SIGKILL)
 
 
@@ -392,6 +393,11 @@ class Book:
         used = all(contents[at] == used for at, (_, used) in info.replaced.items())
         if contents != list(info.indices) or not used:
             self.mistakes.append(f"batch {info.index} holds {contents}, but its batch_info says {info.indices}")
+
+
+def worker_pids() -> list[int]:
+    """Process ids of the worker processes that live now, whichever loader owns them."""
+    return [process.pid for process in active_children() if process.pid is not None]
 
 
 def make_loader(kind: type[Any], dataset: DigitFiles, workers: int, *, shuffle: bool = True, **options: Any) -> Any:

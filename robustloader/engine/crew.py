@@ -23,6 +23,7 @@ from robustloader.events import Event, PoolHealed, PoolShrunk, WorkerCrashed, Wo
 from robustloader.policies import RecoveryPolicy
 from robustloader.system import host
 from robustloader.telemetry import EpochRecording
+from robustloader.worker.beacon import Reading
 
 __all__ = ["Crew", "Slot", "TrialCase"]
 
@@ -56,8 +57,9 @@ class Slot:
             "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk).
         streak: deaths in a row without a finished task between them.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
-        ended, batches, orders: iterable only. Whether this shard has ended, how many of its batches have arrived, and
-            tasks to be sent once there is a process.
+        ended, batches, calls, deaths, orders: iterable only. Whether this shard has ended, how many of its batches have
+            arrived, how often its stream was read for them, how many processes have died at that point, and tasks to
+            be sent once there is a process.
     """
 
     worker_id: int
@@ -71,6 +73,8 @@ class Slot:
     trial: TrialCase | None = None
     ended: bool = False
     batches: int = 0
+    calls: int = 0
+    deaths: int = 0
     orders: deque[Task] = field(default_factory=deque)
 
     @property
@@ -112,10 +116,8 @@ class Crew:
             self.budget = RestartBudget(
                 max_restarts=policy.max_restarts, backoff_s=policy.backoff_s, max_backoff_s=policy.max_backoff_s
             )
-            limits = [limit for limit in (policy.hang_after_s, timeout_s or None) if limit is not None]
-            self.hang_after_s = min(limits) if limits else None
-        else:
-            self.hang_after_s = None
+        self._sample_limit_s = policy.hang_after_s if policy is not None else None
+        self._task_limit_s = timeout_s or None
 
     # --- who is there
 
@@ -132,7 +134,8 @@ class Crew:
     @property
     def tick_s(self) -> float:
         """How often, in seconds, deadlines should be looked at."""
-        return 1.0 if self.hang_after_s is None else min(1.0, max(0.02, self.hang_after_s / 8))
+        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
+        return min([1.0, *(max(0.02, limit / 8) for limit in limits)])
 
     def start_all(self, details: Details) -> Exception | None:
         """Start every slot's first process. What one raises comes back; those started before stay."""
@@ -328,12 +331,15 @@ class Crew:
                 self._watch_start(worker, policy, now)
                 continue
             reading = worker.beacon.read()
+            if reading.phase == "idle" or (reading.run, reading.task) != worker.task:
+                worker.task, worker.task_s = (reading.run, reading.task), 0.0
+            else:
+                worker.task_s += passed_s
             if reading.phase == "idle" or reading.started_ns != worker.silent_since:
                 worker.silent_since, worker.silent_s, worker.reported = reading.started_ns, 0.0, False
-                continue
-            worker.silent_s += passed_s
-            limit = self.hang_after_s
-            if limit is not None and worker.silent_s > limit * max(1, reading.in_flight):
+            else:
+                worker.silent_s += passed_s
+            if self._is_hung(worker, reading):
                 self._kill_hung(worker, name_sample(worker))
             elif policy.stall_report_s is not None and worker.silent_s > policy.stall_report_s and not worker.reported:
                 worker.reported = True
@@ -345,6 +351,12 @@ class Crew:
                     worker.silent_s,
                     name_sample(worker),
                 )
+
+    def _is_hung(self, worker: Worker, reading: Reading) -> bool:
+        sample, task = self._sample_limit_s, self._task_limit_s
+        return (sample is not None and worker.silent_s > sample * max(1, reading.in_flight)) or (
+            task is not None and worker.task_s > task
+        )
 
     def _watch_start(self, worker: Worker, policy: RecoveryPolicy, now: int) -> None:
         limit = policy.start_timeout_s
@@ -364,7 +376,7 @@ class Crew:
                 pid=worker.pid,
                 phase=reading.phase,
                 index=index,
-                silent_s=worker.silent_s,
+                silent_s=max(worker.silent_s, worker.task_s),
                 stack=stack,
             )
         )
@@ -385,10 +397,11 @@ class Crew:
             how = f"is killed by signal: {signal.strsignal(-code)}."
         else:
             how = f"exited unexpectedly with exit code {code}."
+        advice = " RecoveryPolicy() restarts workers and replays what they held." if self.policy is None else ""
         where = f" It had sample index {event.index!r} in hand." if event.index is not None else ""
         return WorkerCrashError(
             f"DataLoader worker (pid {event.pid}) {how} DataLoader worker (pid(s) {event.pid}) exited unexpectedly."
-            f"{where} {hint} RecoveryPolicy() restarts workers and replays what they held.",
+            f"{where} {hint}{advice}",
             worker_id=event.worker_id,
             pid=event.pid,
             exitcode=code,

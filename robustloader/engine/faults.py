@@ -10,7 +10,7 @@ from typing import Any
 
 from robustloader.decisions.budgets import FaultBudget
 from robustloader.decisions.keys import Key, index_key
-from robustloader.engine.quarantine import Quarantine
+from robustloader.engine.quarantine import KILLERS, Quarantine
 from robustloader.errors import FaultBudgetError, SampleError, warn_user
 from robustloader.events import FaultKind, FaultRecord, SampleReplaced, ShardEnded
 from robustloader.policies import FaultPolicy
@@ -64,22 +64,27 @@ class FaultDesk:
         """
         if report is None:
             return
+        error: FaultBudgetError | None = None
         for fault in report.faults:
             self.enter(fault, recording, task=task, worker_id=worker_id, pid=pid)
+            error = error or self.budget_error()  # of the fault that was one too many; the rest is recorded as well
         for position, (wanted, used) in report.replaced.items():
             recording.emit(
                 SampleReplaced(epoch=recording.epoch, task=task, position=position, wanted=wanted, used=used)
             )
         if report.ended:
-            recording.emit(
-                ShardEnded(epoch=recording.epoch, worker_id=worker_id or 0, batches=batches, reason=report.ended)
-            )
-            self._warn(
-                "shard",
-                f"the share of worker {worker_id or 0} of the iterable dataset ended early, after {batches} batches: "
-                f"{report.ended}. What it would have yielded is missing from this epoch",
-            )
-        self.check()
+            self.end_shard(recording, worker_id or 0, batches, report.ended)
+        if error is not None:
+            raise error
+
+    def end_shard(self, recording: EpochRecording, worker_id: int, batches: int, reason: str) -> None:
+        """A worker's share of an iterable dataset ended before its time."""
+        recording.emit(ShardEnded(epoch=recording.epoch, worker_id=worker_id, batches=batches, reason=reason))
+        self._warn(
+            "shard",
+            f"the share of worker {worker_id} of the iterable dataset ended early, after {batches} batches: {reason}. "
+            "What it would have yielded is missing from this epoch",
+        )
 
     def enter(
         self, fault: Fault, recording: EpochRecording, *, task: int, worker_id: int | None, pid: int | None
@@ -109,7 +114,7 @@ class FaultDesk:
             self._commonest[f"{record.error_type or record.kind}"] += 1
             if len(self._first) < _RECORDS_IN_ERROR:
                 self._first.append(record)
-            if record.kind == "poison":
+            if record.kind in KILLERS and record.index is not None:
                 self.quarantine.add(record.index, record.kind)
             # What failed in passing may load tomorrow: only samples that are bad by themselves are left out for good.
             if record.index is not None and not transient:
@@ -134,14 +139,14 @@ class FaultDesk:
                 )
             )
 
-    def check(self) -> None:
-        """Raise when too many samples have failed."""
+    def budget_error(self) -> FaultBudgetError | None:
+        """What to raise when too many samples have failed; None while they have not."""
         budget = self.budget
         if self.policy.action == "raise" or not budget.exceeded:
-            return
+            return None
         common = ", ".join(f"{name} ({count})" for name, count in self._commonest.most_common(3))
         traces = "\n".join(record.traceback for record in self._first[:2] if record.traceback)
-        raise FaultBudgetError(
+        return FaultBudgetError(
             f"{budget.faults} of {budget.samples} samples failed, but FaultPolicy(burst={self.policy.burst}, "
             f"max_fraction={self.policy.max_fraction}) allows {budget.allowed}. Commonest: {common}. "
             f"Mend the data, or raise burst or max_fraction. First tracebacks:\n{traces}",
@@ -171,7 +176,8 @@ def rebuild(raised: Raised, *, index: Any, worker_id: int | None, pid: int | Non
         error = SampleError(text, index=index, worker_id=worker_id, error_type=raised.error_type)
     if index is not None or worker_id is not None:
         place = "the training process" if worker_id is None else f"worker {worker_id} (pid {pid})"
-        error.add_note(f"[robustloader] sample index {_text(index)}, in {place}")
+        sample = "" if index is None else f"sample index {_text(index)}, "
+        error.add_note(f"[robustloader] {sample}in {place}")
     try:
         shown = str(error)
     except BaseException:

@@ -104,6 +104,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             if avoid:
                 desk.left_out([samples[p] for p in avoid], self._recording, task=task)
         begun = time.monotonic_ns()
+        desk.budget.fetched(_count(indices) if batched else 1)
         outcome = self._fetch(Fetch(0, task, indices, spares, avoid))
         replaced: dict[int, tuple[Any, Any]] = {}
         rounds = 1
@@ -122,7 +123,6 @@ class InProcessIterator(torch_private.LoaderIterator):
         if isinstance(outcome, Broken):
             self._raise(outcome)
         assert isinstance(outcome, Loaded)
-        desk.budget.fetched(outcome.samples)
         report = outcome.report or Report()
         replaced.update(report.replaced)
         self._recording.worker_task(None, outcome.samples, load_ns, 0)
@@ -182,6 +182,13 @@ class InProcessIterator(torch_private.LoaderIterator):
     def __del__(self) -> None:
         if hasattr(self, "_recording"):
             self._close_recording(complete=False)
+
+
+def _count(indices: Any) -> int:
+    try:
+        return len(indices)
+    except TypeError:
+        return 1
 
 
 class StandIn:

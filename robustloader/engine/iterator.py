@@ -24,6 +24,7 @@ from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import StandIn, batch_nbytes
+from robustloader.engine.memory import check_memory
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Pool, Said, Started, Worker
@@ -79,13 +80,14 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     ``iter(loader)`` makes it and starts the workers; they are given their first tasks at once.
     """
 
-    def __init__(self, loader: DataLoader[Any], options: EngineOptions, *, prefetch_factor: int) -> None:
+    def __init__(self, loader: DataLoader[Any], options: EngineOptions) -> None:
         super().__init__(loader)
+        prefetch_factor = 2 if loader.prefetch_factor is None else loader.prefetch_factor
         if prefetch_factor <= 0:
             raise AssertionError("prefetch_factor must be greater than 0 for MultiProcessingDataLoaderIter")
         self._options = options
         self._policy = options.recovery
-        self._prefetch = prefetch_factor
+        self._wanted_prefetch = self._prefetch = prefetch_factor
         self._in_order = bool(getattr(loader, "in_order", True))
         self._drop_last = loader.drop_last
         self._persistent = loader.persistent_workers
@@ -155,7 +157,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._stream_indices: Any = None
 
     def _start_details(self, slot: Slot) -> dict[str, Any]:
-        skip = slot.batches if self._options.iterable else 0
+        skip = slot.calls if self._options.iterable else 0
         return {"epoch": self._books.epoch, "run": self._books.run, "skip": skip, "indices": self._stream_indices}
 
     def _start_workers(self) -> None:
@@ -184,7 +186,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._open_books()
             self._recovery.orphans.clear()
             for slot in self._crew.slots:
-                slot.ended, slot.batches = False, 0
+                slot.ended, slot.batches, slot.calls, slot.deaths = False, 0, 0, 0
                 slot.orders.clear()
                 slot.trials.clear()
                 slot.trial = None
@@ -194,6 +196,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._crew.schedule(slot)
                 elif slot.state == "retired" and self._options.iterable:
                     self._recovery.orphans.append(slot)
+        self._prefetch = check_memory(self._options.memory, self._wanted_prefetch, self._books.recording)
         for _ in range(self._prefetch * self.num_workers):
             self._put()
 
@@ -442,6 +445,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             worker.finished += 1
             task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
             if task is not None:
+                if message.calls > slot.calls:
+                    slot.calls, slot.deaths = message.calls, 0
                 self._settle(task, slot, worker, frame)
         self._feed(slot)
 
@@ -450,6 +455,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         books, message = self._books, frame.message
         books.blame.arrived(task.id)
         report: Report | None = message.report
+        if task.rounds == 1:  # a later round asks for the same samples again
+            wanted = message.samples if isinstance(message, Fetched) else 0
+            books.desk.budget.fetched(max(wanted, len(task.samples)))
         if isinstance(message, Fetched):
             self._on_fetched(task, slot, worker, message, frame)
         elif isinstance(message, Failed):
@@ -476,7 +484,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._on_undecodable(task, slot, worker, error)
             return
         slot.batches += 1
-        self._options.desk.budget.fetched(message.samples)
         self._books.recording.worker_task(worker.worker_id, message.samples, message.load_ns, message.rss_bytes)
         result = Result(
             batch=batch,
@@ -596,7 +603,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 worker_id=slot.worker_id if slot is not None else 0,
                 num_workers=self.num_workers,
                 base_seed=self.base_seed,
-                skip=slot.batches if slot is not None else 0,
+                skip=slot.calls if slot is not None else 0,
                 indices=self._stream_indices,
             )
         task.attempt += 1
@@ -609,6 +616,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _load_task(self, task: Task, slot: Slot | None, stand_in: StandIn) -> None:
         books, desk = self._books, self._options.desk
         begun = time.monotonic_ns()
+        desk.budget.fetched(len(task.samples))
         while True:
             outcome = stand_in.fetch(Fetch(books.run, task.id, task.indices, task.spares, task.avoid), books.epoch)
             desk.take(
@@ -640,7 +648,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif isinstance(outcome, Loaded):
             if slot is not None:
                 slot.batches += 1
-            desk.budget.fetched(outcome.samples)
+                desk.budget.fetched(outcome.samples)
             books.recording.worker_task(None, outcome.samples, load_ns, 0)
             nbytes = batch_nbytes(outcome.batch)
             result = Result(outcome.batch, None, outcome.samples, nbytes, load_ns, None, outcome.report)

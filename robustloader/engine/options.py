@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustloader.engine.faults import FaultDesk
-from robustloader.policies import FaultPolicy, RecoveryPolicy, Seeding
+from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding
 from robustloader.telemetry import Recorder
 
 __all__ = ["EngineOptions", "EpochCounter"]
@@ -36,6 +36,7 @@ class EngineOptions:
 
     faults: FaultPolicy
     recovery: RecoveryPolicy | None
+    memory: MemoryPolicy | None
     seeding: Seeding
     desk: FaultDesk
     recorder: Recorder

@@ -41,7 +41,7 @@ class Worker:
         dismissed: it was asked to leave; its end is expected.
         killed_for: why it is as good as killed by this process ("hang", "start"), or "".
         run: the iterator's epoch it was started in.
-        silent_s: how long it has been in one phase while the trainer waited, in seconds.
+        silent_s, task_s: how long it has been in one phase, and with one task, while the trainer waited, in seconds.
     """
 
     def __init__(self, worker_id: int, incarnation: int) -> None:
@@ -64,6 +64,8 @@ class Worker:
         self.gone_ns = 0
         self.silent_s = 0.0
         self.silent_since = 0
+        self.task = (-1, -1)
+        self.task_s = 0.0
         self.reported = False
 
     @property

@@ -12,9 +12,12 @@ from robustloader.decisions.keys import Key, index_key
 from robustloader.errors import OptionError, warn_user
 from robustloader.events import FaultKind, FaultRecord
 
-__all__ = ["Quarantine"]
+__all__ = ["KILLERS", "Quarantine"]
 
 SCHEMA = 1
+
+KILLERS: frozenset[FaultKind] = frozenset(("poison", "hang"))
+"""Samples that take a worker along: left out for the rest of the run, with or without a file."""
 
 
 class Quarantine:
@@ -48,7 +51,7 @@ class Quarantine:
         if self._path is None:
             return
         key = index_key(fault.index)
-        if key in self.kinds and fault.kind != "poison":
+        if key in self.kinds and fault.kind not in KILLERS:
             return
         self.kinds[key] = fault.kind
         line = json.dumps(

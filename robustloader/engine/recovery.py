@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from robustloader.decisions.blame import Cause, Judgement
+from robustloader.decisions.blame import OUTSIDE_TRIALS, Cause, Judgement
 from robustloader.decisions.keys import Key, index_key
 from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
 from robustloader.engine.crew import Crew, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
-from robustloader.errors import SampleError, WorkerError, WorkerHangError
+from robustloader.errors import WorkerError, WorkerHangError
 from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
 
@@ -55,10 +55,7 @@ class Recovery:
             books.raise_once(crew.crash_error(event))
             return
         if books.iterable:
-            for order in reversed(lost):
-                order.worker_id = slot.worker_id  # only this shard can do it
-                slot.orders.appendleft(order)
-            self._restart_or_shrink(slot, cause, None)
+            self._on_shard_died(slot, lost, event, cause, died)
             return
         key = None if task is None or position is None else index_key(index)
         if task is None:
@@ -89,6 +86,28 @@ class Recovery:
         else:
             self._restart_or_shrink(slot, cause, key)
 
+    def _on_shard_died(self, slot: Slot, lost: list[Task], event: WorkerCrashed, cause: Cause, died: Died) -> None:
+        """A shard goes on from where its results end; one that dies there again and again ends."""
+        assert self.policy is not None
+        for order in reversed(lost):
+            order.worker_id = slot.worker_id  # only this shard can do it
+            slot.orders.appendleft(order)
+        if died.reading.phase not in ("idle", "init"):
+            slot.deaths += 1
+        limit = self.policy.poison_after + (OUTSIDE_TRIALS if cause in ("killed", "unknown") else 1)
+        if slot.deaths < limit:
+            self._restart_or_shrink(slot, cause, None)
+            return
+        reason = f"{slot.deaths} of its processes died at the same point of the stream ({cause})"
+        task = lost[0] if lost else Task(-1, None, [])
+        self._record("poison", None, reason, task, slot.deaths, event, "skipped")
+        self.books.desk.end_shard(self.books.recording, slot.worker_id, slot.batches, reason)
+        self.crew.spend(cause, None)
+        self.crew.forgive(None, slot.deaths)
+        slot.ended, slot.state = True, "ended"
+        self.books.withdraw_stream(slot.worker_id)
+        slot.orders.clear()
+
     def _judge(self, task: Task, key: Key | None, cause: Cause, *, on_trial: bool) -> Judgement:
         blame = self.books.blame
         if key is None:
@@ -111,7 +130,8 @@ class Recovery:
         message = f"it killed its worker {judgement.deaths} times, the last time alone in it ({how})"
         raises = desk.policy.action == "raise"
         desk.quarantine.add(index, "poison")
-        self._record("poison", index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")
+        kind: FaultKind = "hang" if event.cause == "hang" else "poison"
+        self._record(kind, index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")
         if not raises:
             return
         error: WorkerError = self.crew.crash_error(event)
@@ -146,10 +166,12 @@ class Recovery:
             signal=event.signal,
             action=action,
         )
+        self._enter(record)
+
+    def _enter(self, record: FaultRecord) -> None:
         self.books.desk.enter_record(record, self.books.recording)
-        try:
-            self.books.desk.check()
-        except SampleError as error:
+        error = self.books.desk.budget_error()
+        if error is not None:
             self.books.raise_once(error)
 
     # --- trials
@@ -173,7 +195,20 @@ class Recovery:
             slot.trials.clear()
             slot.trial = None
             for case in cases:
+                deaths = self.books.blame.deaths_of(case.key)
+                message = f"it was in hand when {deaths} workers died, and no process could be had to try it alone"
+                action = self.books.desk.policy.action
+                record = FaultRecord(
+                    kind="crash",
+                    index=case.index,
+                    message=message,
+                    epoch=self.books.epoch,
+                    task=case.task.id,
+                    attempts=deaths,
+                    action="skipped" if action == "skip" else "replaced",
+                )
                 self.books.desk.quarantine.add(case.index, "crash")
+                self._enter(record)
                 self._requeue(case.waiting)
         self._go_local()
 

@@ -22,6 +22,7 @@ from robustloader.events import (
     PoolHealed,
     PoolShrunk,
     SampleFaulted,
+    SampleReplaced,
     Sink,
     TaskReplayed,
     WorkerCrashed,
@@ -79,7 +80,7 @@ class EpochRecording:
         bytes: bytes delivered.
         faults: samples that failed for good: replaced, skipped or raised.
         retries: samples that failed and then loaded; not faults.
-        replaced: faults whose place another sample took.
+        replaced: samples whose place another one took.
         skipped: faults that were left out.
         quarantined: samples known to be bad, not fetched; not faults.
         crashes: workers that died, but for those killed because they hung.
@@ -202,9 +203,9 @@ class EpochRecording:
     def emit(self, event: Event) -> None:
         """Count an event and hand it to every sink.
 
-        ``replaced`` counts fault records, so that :class:`~robustloader.SampleReplaced` is only passed on. A
-        :class:`~robustloader.WorkerCrashed` whose cause is "hang" is the end of a hang, which
-        :class:`~robustloader.WorkerHung` counts.
+        ``replaced`` counts :class:`~robustloader.SampleReplaced`: of the fault records, those of spares that failed as
+        well say "replaced" too. A :class:`~robustloader.WorkerCrashed` whose cause is "hang" is the end of a hang,
+        which :class:`~robustloader.WorkerHung` counts.
         """
         self._count(event)
         self._recorder._send(event)
@@ -241,6 +242,8 @@ class EpochRecording:
         match event:
             case SampleFaulted(fault=record):
                 self._count_fault(record)
+            case SampleReplaced():
+                self.replaced += 1
             case WorkerCrashed(cause=cause):
                 self.crashes += cause != "hang"
             case WorkerHung():
@@ -264,7 +267,6 @@ class EpochRecording:
             self.quarantined += 1
         else:
             self.faults += 1
-            self.replaced += record.action == "replaced"
             self.skipped += record.action == "skipped"
 
     def _snapshot(self, now_ns: int) -> Statistics:

@@ -1,6 +1,6 @@
 """What the two sides say to each other, one class per message.
 
-Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`, :class:`Stop`.
+Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`.
 Worker to training process: :class:`Ready`, :class:`StartFailed`, :class:`Fetched`, :class:`Unfilled`,
 :class:`Failed`, :class:`Exhausted`, :class:`TrialPassed`.
 
@@ -27,7 +27,6 @@ __all__ = [
     "Report",
     "Resume",
     "StartFailed",
-    "Stop",
     "Trial",
     "TrialPassed",
     "Unfilled",
@@ -63,10 +62,6 @@ class Resume(NamedTuple):
 
     run: int
     epoch: int
-
-
-class Stop(NamedTuple):
-    """Leave."""
 
 
 class Ready(NamedTuple):
@@ -145,7 +140,10 @@ class Report(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """A batch; it follows in the same frame. ``samples`` counts what is in it."""
+    """A batch; it follows in the same frame. ``samples`` counts what is in it.
+
+    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets).
+    """
 
     run: int
     task: int
@@ -153,6 +151,7 @@ class Fetched(NamedTuple):
     load_ns: int
     rss_bytes: int
     report: Report | None = None
+    calls: int = 0
 
 
 class Unfilled(NamedTuple):
@@ -162,6 +161,7 @@ class Unfilled(NamedTuple):
     task: int
     avoid: tuple[int, ...]
     report: Report
+    calls: int = 0
 
 
 class Failed(NamedTuple):
@@ -171,6 +171,7 @@ class Failed(NamedTuple):
     task: int
     raised: Raised
     report: Report
+    calls: int = 0
 
 
 class Exhausted(NamedTuple):
@@ -179,6 +180,7 @@ class Exhausted(NamedTuple):
     run: int
     task: int
     report: Report | None = None
+    calls: int = 0
 
 
 class TrialPassed(NamedTuple):

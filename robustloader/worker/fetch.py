@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception
 from robustloader.decisions.isolation import find_misfits
 from robustloader.decisions.keys import Key, as_list, index_key
 from robustloader.events import FaultAction, FaultKind
-from robustloader.policies import FaultPolicy
+from robustloader.policies import TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
 from robustloader.worker.beacon import COLLATE, ENCODE, ITEM, ITEMS, Beacon
 
@@ -116,6 +116,8 @@ class MapFetcher:
     *Source*: ``_MapDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13, for what is called when.
     """
 
+    calls = 0
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
@@ -152,10 +154,12 @@ class MapFetcher:
             if beacon:
                 beacon.enter(COLLATE, run=order.run, task=order.task, count=_count(indices))
             return Loaded(plan.collate_fn(data), _count(indices) if plan.batched else 1, None)
-        except plan.catches as error:
-            if plan.strict:
-                return self._broken(order, error, len(values) if stage == ITEM else -1)
-            return _Repair(plan, order, values if stage == ITEM else [], error, stage).run()
+        except plan.catches as raised:
+            error = raised
+        # Outside the except, or every further exception of this task would carry this one as its context.
+        if plan.strict:
+            return self._broken(order, error, len(values) if stage == ITEM else -1)
+        return _Repair(plan, order, values if stage == ITEM else [], error, stage).run()
 
     def repair_unpicklable(self, order: Fetch, error: BaseException) -> Outcome:
         """The batch could not be encoded: find the samples at fault, and do without them."""
@@ -242,9 +246,11 @@ class _Repair:
             plan.beacon.sample(position)
         if error is None:
             try:
-                return self._prove(_get_one(plan, index), index, position)
+                value = _get_one(plan, index)
             except plan.catches as raised:
                 error = raised
+            else:
+                return self._prove(value, index, position)
         attempts = 1
         if retry is not None and self._is_transient(error):
             pending: list[BaseException] = [error]
@@ -301,7 +307,8 @@ class _Repair:
 
     def _is_transient(self, error: BaseException) -> bool:
         retry = self.policy.retry
-        return retry is not None and isinstance(error, retry.on) and not isinstance(error, self.policy.fatal)
+        passing = TRANSIENT if retry is None else retry.on
+        return isinstance(error, passing) and not isinstance(error, self.policy.fatal)
 
     def _drop(self, position: int, bad: _Bad) -> None:
         """The sample at ``position`` is out."""
@@ -460,13 +467,17 @@ def _fault(
 class IterableFetcher:
     """Loads tasks of an iterable dataset: the next samples of this process's stream, whatever the indices say.
 
-    A sample that raises is lost (a stream cannot go back), and the next one takes its place.
+    A sample that raises is lost (a stream cannot go back), and the stream goes on with the next.
+
+    Attributes:
+        calls: how often ``fetch`` has read from the stream. As many calls put a successor where this one is.
 
     *Source*: ``_IterableDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13.
     """
 
     plan: Plan
     ended: bool = False
+    calls: int = 0
     _stream: Iterator[Any] = field(init=False)
     _values: list[Any] = field(default_factory=list)
     _reason: str = ""
@@ -476,6 +487,7 @@ class IterableFetcher:
 
     def fetch(self, order: Fetch) -> Outcome:
         """Load one task."""
+        self.calls += 1
         plan, beacon = self.plan, self.plan.beacon
         wanted = len(order.indices) if plan.batched else 1
         faults: list[Fault] = []
@@ -527,9 +539,8 @@ class IterableFetcher:
             except StopIteration:
                 self.ended = True
             except plan.catches as error:
-                action: FaultAction = "replaced" if policy.action == "replace" else "skipped"
                 raises = policy.action == "raise" or isinstance(error, policy.fatal)
-                faults.append(_fault("exception", None, -1, error, 1, "raised" if raises else action, plan))
+                faults.append(_fault("exception", None, -1, error, 1, "raised" if raises else "skipped", plan))
                 if raises:
                     return Broken(error, Report(tuple(faults)))
                 if inspect.isgenerator(self._stream) and self._stream.gi_frame is None:
@@ -550,8 +561,7 @@ class IterableFetcher:
             return True
 
         misfits = set(find_misfits(len(values), works) if plan.batched else [0])
-        action: FaultAction = "replaced" if plan.faults.action == "replace" else "skipped"
-        faults.extend(_fault("collate", None, -1, error, 1, action, plan) for _ in misfits)
+        faults.extend(_fault("collate", None, -1, error, 1, "skipped", plan) for _ in misfits)
         return [value for place, value in enumerate(values) if place not in misfits]
 
     def _report(self, faults: list[Fault]) -> Report:

@@ -34,7 +34,6 @@ from robustloader.transport.messages import (
     Report,
     Resume,
     StartFailed,
-    Stop,
     Trial,
     TrialPassed,
     Unfilled,
@@ -90,7 +89,7 @@ class Setup:
 
     Attributes:
         end: the worker's end of the socket pair, not yet wrapped.
-        skip: tasks of an iterable dataset to load and throw away first, because a predecessor delivered them.
+        skip: how often to read from an iterable dataset and throw the batch away, because a predecessor sent it.
         indices: one task's indices, for those.
     """
 
@@ -196,8 +195,6 @@ class _Worker:
                     self.fetcher.trial(message)
                     self.beacon.finish()
                     self.channel.send(TrialPassed(message.run, message.task, message.position))
-                elif isinstance(message, Stop):
-                    return
             del frames
             if gone:
                 return
@@ -229,20 +226,23 @@ class _Worker:
                 continue
             self.beacon.finish()
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            self.channel.send(Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report), parcel)
+            calls = self.fetcher.calls
+            reply = Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls)
+            self.channel.send(reply, parcel)
             return
         self.beacon.finish()
         self.channel.send(self._reply(order, outcome))
 
     def _reply(self, order: Fetch, outcome: Outcome) -> Any:
+        calls = self.fetcher.calls
         if isinstance(outcome, Short):
-            return Unfilled(order.run, order.task, outcome.avoid, outcome.report)
+            return Unfilled(order.run, order.task, outcome.avoid, outcome.report, calls)
         if isinstance(outcome, Broken):
-            return Failed(order.run, order.task, Raised.of(outcome.error, self.where), outcome.report)
+            return Failed(order.run, order.task, Raised.of(outcome.error, self.where), outcome.report, calls)
         if isinstance(outcome, Loaded):  # encoded twice in vain, though each part can be: collate_fn is at fault
             error = TypeError("collate_fn returned something that cannot be pickled")
-            return Failed(order.run, order.task, Raised.of(error, self.where), outcome.report or Report())
-        return Exhausted(order.run, order.task, outcome.report)
+            return Failed(order.run, order.task, Raised.of(error, self.where), outcome.report or Report(), calls)
+        return Exhausted(order.run, order.task, outcome.report, calls)
 
 
 def _decode(parcel: codec.Parcel) -> Any:
