@@ -12,6 +12,7 @@ with each sample collated and encoded alone first, so that the next death does n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,9 +90,21 @@ class Blame:
         """The sample survived its trial: what was counted against it is forgotten."""
         self._samples.pop(key, None)
 
-    def arrived(self, task: int) -> None:
-        """The task came back, so nothing in it kills for certain."""
+    def arrived(self, task: int, keys: Iterable[Key] = ()) -> None:
+        """The task came back with these samples in it, so none of them kills for certain."""
         self._tasks.pop(task, None)
+        if self._samples:
+            for key in keys:
+                self.acquit(key)
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is suspected."""
+        return bool(self._samples or self._tasks)
+
+    def suspects(self, task: int, keys: Iterable[Key]) -> bool:
+        """Whether a worker has died on this task or on one of these samples, and nothing has cleared them since."""
+        return task in self._tasks or (bool(self._samples) and any(key in self._samples for key in keys))
 
     def deaths_of(self, key: Key) -> int:
         """Deaths counted against a sample that has been neither convicted nor acquitted."""

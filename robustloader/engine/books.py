@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustloader.decisions.blame import Blame
-from robustloader.decisions.keys import as_list, positions_of
+from robustloader.decisions.keys import as_list, index_key, positions_of
 from robustloader.decisions.ledger import Ledger, Task
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.crew import TrialCase
@@ -47,6 +47,8 @@ class Books:
         run: numbers the epochs of this iterator; workers send it back, so that late results are told apart.
         epoch: numbers the epochs of the loader.
         queue: tasks that nobody has, oldest first (map-style).
+        closing: the last worker only finds out about suspects; ``parked`` are the tasks that are above suspicion and wait
+            for the training process.
         error: what the next ``next()`` raises.
     """
 
@@ -70,6 +72,8 @@ class Books:
         self.blame = Blame(poison_after)
         self.spares = SpareReservoir(seed=self._base_seed, epoch=self.epoch)
         self.queue: list[Task] = []
+        self.parked: list[Task] = []
+        self.closing = False
 
     def open(self, indices: Any) -> Task:
         """Enter a task for what the sampler yielded."""
@@ -94,8 +98,28 @@ class Books:
         """Let whoever has room first do a task again; the oldest goes first."""
         if task.avoid or self.desk.known_bad:
             self.avoid_known(task)
-        self.queue.append(task)
-        self.queue.sort(key=lambda queued: queued.id)
+        queue = self.parked if self.closing and not self.suspected(task) else self.queue
+        queue.append(task)
+        queue.sort(key=lambda queued: queued.id)
+
+    def suspected(self, task: Task) -> bool:
+        """Whether a task, or a sample that it will load, has a death to its name."""
+        keys = (index_key(index) for position, index in enumerate(task.samples) if position not in task.avoid)
+        return self.blame.open and self.blame.suspects(task.id, keys)
+
+    def close_in(self) -> None:
+        """From now on only suspected tasks are given to workers."""
+        self.closing = True
+        waiting, self.queue = self.queue, []
+        for task in waiting:
+            self.requeue(task)
+
+    def open_up(self) -> None:
+        """Nothing is suspected any more: the parked tasks are in the queue again."""
+        self.closing = False
+        waiting, self.parked = self.parked, []
+        for task in waiting:
+            self.requeue(task)
 
     def arrive(self, task: Task, result: Result) -> None:
         """A task is done; what it came to waits to be pinned, then to be delivered."""
@@ -107,8 +131,9 @@ class Books:
 
     def fail(self, task: Task, error: BaseException) -> None:
         """A task ends with an error, raised when its turn comes."""
-        with contextlib.suppress(ValueError):
-            self.queue.remove(task)
+        for queue in (self.queue, self.parked):
+            with contextlib.suppress(ValueError):
+                queue.remove(task)
         self.ledger.arrive(task, Result(error=error))
 
     def raise_once(self, error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from collections import Counter
@@ -18,7 +19,7 @@ from robustloader.system import torch_private
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.messages import Fault, Raised, Report
 
-__all__ = ["FaultDesk", "rebuild"]
+__all__ = ["FaultDesk", "add_note", "rebuild"]
 
 _RECORDS_IN_ERROR = 32
 
@@ -177,14 +178,20 @@ def rebuild(raised: Raised, *, index: Any, worker_id: int | None, pid: int | Non
     if index is not None or worker_id is not None:
         place = "the training process" if worker_id is None else f"worker {worker_id} (pid {pid})"
         sample = "" if index is None else f"sample index {_text(index)}, "
-        error.add_note(f"[robustloader] {sample}in {place}")
+        add_note(error, f"{sample}in {place}")
     try:
         shown = str(error)
     except BaseException:
         shown = ""
     if raised.message not in shown:
-        error.add_note(f"[robustloader] {text}")
+        add_note(error, text)
     return error
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Note something on an exception, unless its type will not have it."""
+    with contextlib.suppress(Exception):  # a user's __getattribute__ or __setattr__
+        error.add_note(f"[robustloader] {text}")
 
 
 def _build(type_pickle: bytes | None, text: str) -> Exception | None:

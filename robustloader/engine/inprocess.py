@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from robustloader.decisions.keys import as_list, positions_of
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.books import MAX_ROUNDS, loaded_indices, spares_for
-from robustloader.engine.faults import rebuild
+from robustloader.engine.faults import add_note, rebuild
 from robustloader.engine.options import EngineOptions
 from robustloader.errors import SampleError
 from robustloader.events import BatchInfo
@@ -98,7 +98,8 @@ class InProcessIterator(torch_private.LoaderIterator):
         spares: tuple[Any, ...] = ()
         if not self._options.iterable and desk.repairs:
             samples = as_list(indices, batched=batched)
-            self._spares.observe(task, samples)
+            if self._spares.observed <= task:
+                self._spares.observe(task, samples)
             avoid = positions_of(samples, desk.known_bad) if desk.known_bad else ()
             spares = spares_for(self._spares, desk, task, len(avoid))
             if avoid:
@@ -113,10 +114,11 @@ class InProcessIterator(torch_private.LoaderIterator):
             rounds += 1
             if rounds > MAX_ROUNDS:
                 raise SampleError(f"no replacement was found for {len(outcome.avoid)} samples of batch {task}")
-            self._look_ahead()
+            self._look_ahead(task + rounds)
             spares = spares_for(self._spares, desk, task, len(outcome.avoid), rounds)
             outcome = self._fetch(Fetch(0, task, indices, spares, outcome.avoid))
         load_ns = time.monotonic_ns() - begun
+        self._spares.close(task)
         self._take(outcome.report, task)
         if isinstance(outcome, Ended):
             raise StopIteration
@@ -152,15 +154,13 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._close_recording(complete=False)
             raise
 
-    def _look_ahead(self) -> None:
-        """Read one more batch of indices, so that there is something to draw spares from."""
-        if self._options.iterable:
-            return
+    def _look_ahead(self, tasks: int) -> None:
+        """Read indices until ``tasks`` tasks are known, so that there is something to draw spares from."""
         with contextlib.suppress(StopIteration):
-            ahead = self.next_indices()
-            self._ahead.append(ahead)
-            # Seen again in its turn: an index may be offered twice, which only makes it a likelier spare.
-            self._spares.observe(self._task, as_list(ahead, batched=self._options.batched))
+            while not self._options.iterable and self._spares.observed < tasks:
+                ahead = self.next_indices()
+                self._ahead.append(ahead)
+                self._spares.observe(self._spares.observed, as_list(ahead, batched=self._options.batched))
 
     def _raise(self, outcome: Broken) -> None:
         error = outcome.error
@@ -169,19 +169,23 @@ class InProcessIterator(torch_private.LoaderIterator):
             # Passed on as it is, it would end the epoch early without a word.
             raise rebuild(Raised.of(error, "in the training process"), index=index, worker_id=None, pid=None) from error
         if index is not None:
-            error.add_note(f"[robustloader] sample index {index!r}, in the training process")
+            add_note(error, f"sample index {index!r}, in the training process")
         raise error
 
     def _close_recording(self, *, complete: bool) -> None:
         self._recording.close(complete=complete, workers_at_end=0, now_ns=time.monotonic_ns())
 
     def close(self) -> None:
-        """End the epoch's recording."""
-        self._close_recording(complete=False)
+        """End the epoch's recording. It is complete when all batches were taken, even if nobody asked for one more."""
+        try:
+            complete = self._task >= len(self)
+        except (TypeError, NotImplementedError):  # a sampler without length
+            complete = False
+        self._close_recording(complete=complete)
 
     def __del__(self) -> None:
         if hasattr(self, "_recording"):
-            self._close_recording(complete=False)
+            self.close()
 
 
 def _count(indices: Any) -> int:

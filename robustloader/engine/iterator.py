@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from robustloader.decisions.keys import index_key
 from robustloader.decisions.ledger import Task
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
@@ -62,16 +63,21 @@ class _Resources:
     pool: Pool
     pinner: Pinner | None = None
     recording: EpochRecording | None = None
+    all_delivered: bool = False
 
     def release(self) -> None:
         if not self.pool.owned:
             return
-        if self.recording is not None:
-            size = self.recording.active_workers
-            self.recording.close(complete=False, workers_at_end=size, now_ns=time.monotonic_ns())
+        self.close_recording()
         if self.pinner is not None:
             self.pinner.stop()
         self.pool.stop()
+
+    def close_recording(self) -> None:
+        """An epoch is complete when its last batch was delivered: Lightning takes ``len()`` batches and no more."""
+        if self.recording is not None:
+            size = self.recording.active_workers
+            self.recording.close(complete=self.all_delivered, workers_at_end=size, now_ns=time.monotonic_ns())
 
 
 class MultiprocessIterator(torch_private.LoaderIterator):
@@ -148,6 +154,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         )
         recording.active_workers = self._crew.size
         self._crew.recording = self._resources.recording = recording
+        self._resources.all_delivered = self._drained = False
         self._books.begin(recording, poison_after=self._policy.poison_after if self._policy else 1)
         self._cycle = 0
         self._put_ahead = 0
@@ -182,7 +189,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         """Begin an epoch: fresh books, and tasks for every worker. ``iter(sampler)`` has just been called."""
         if not first:
             self._raise_error()
-            self._end_recording(complete=False)
+            self._resources.close_recording()
             self._open_books()
             self._recovery.orphans.clear()
             for slot in self._crew.slots:
@@ -211,6 +218,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         try:
             indices = self.next_indices()
         except StopIteration:
+            self._drained = True
             return
         if self._options.iterable:
             self._stream_indices = indices
@@ -219,7 +227,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 self._ask(slot)
             return
         task = self._books.open(indices)
-        chosen = None if self._recovery.local else self._choose()
+        chosen = None if self._recovery.local or self._books.closing else self._choose()
         if chosen is None:
             self._books.requeue(task)
         else:
@@ -325,11 +333,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         books, result = self._books, task.result
         ready = books.ledger.ready
         books.ledger.deliver(task)
+        books.spares.close(task.id)
         if self._put_ahead:
             self._put_ahead -= 1
         else:
             self._put()
         self._crew.delivered()
+        self._resources.all_delivered = self._drained and not len(books.ledger)
         batch, error = result.batch, result.error
         task.result = result.batch = result.error = None  # batch_info needs the rest, and must not keep these alive
         self._last = (task, result)
@@ -341,12 +351,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         return batch
 
     def _finish(self) -> None:
-        self._end_recording(complete=True)
+        self._resources.all_delivered = True
+        self._resources.close_recording()
         if not self._persistent:
             self.close()
-
-    def _end_recording(self, *, complete: bool) -> None:
-        self._books.recording.close(complete=complete, workers_at_end=self._crew.size, now_ns=time.monotonic_ns())
 
     @property
     def batch_info(self) -> BatchInfo | None:
@@ -453,7 +461,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _settle(self, task: Task, slot: Slot, worker: Worker, frame: Frame) -> None:
         """Act on what became of a task; raises :class:`FaultBudgetError` after that."""
         books, message = self._books, frame.message
-        books.blame.arrived(task.id)
+        if books.blame.open:
+            books.blame.arrived(task.id, map(index_key, task.samples))
+            self._recovery.check_suspects()
         report: Report | None = message.report
         if task.rounds == 1:  # a later round asks for the same samples again
             wanted = message.samples if isinstance(message, Fetched) else 0
@@ -523,12 +533,16 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if task.rounds > MAX_ROUNDS:
             self._books.fail(task, _no_replacement(task))
             return
-        if not self._put_ahead:
-            # The sampler may have yielded too little yet to draw from: read one batch ahead of torch's schedule.
+        self._look_ahead(task)
+        self._send_again(task, slot)
+
+    def _look_ahead(self, task: Task) -> None:
+        """A task's later rounds draw from the tasks after it: read these from the sampler, earlier than torch would."""
+        before = -1
+        while before < self._books.ledger.next_id < task.id + task.rounds:
             before = self._books.ledger.next_id
             self._put()
-            self._put_ahead = self._books.ledger.next_id - before
-        self._send_again(task, slot)
+            self._put_ahead += self._books.ledger.next_id - before
 
     def _send_again(self, task: Task, slot: Slot) -> None:
         """The same worker goes on with a task: no replay."""
@@ -635,6 +649,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 if task.rounds > MAX_ROUNDS:
                     books.fail(task, _no_replacement(task))
                     return
+                self._look_ahead(task)
                 books.avoid_known(task)
         load_ns = time.monotonic_ns() - begun
         if isinstance(outcome, Ended):

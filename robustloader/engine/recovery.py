@@ -182,13 +182,20 @@ class Recovery:
         if case is not None:
             self.books.blame.acquit(case.key)
             self._requeue(case.waiting)
-        if self._local_reason and not self._trials_open():
+        self.check_suspects()
+
+    def check_suspects(self) -> None:
+        """Let the training process load, if that only waited for suspects to be cleared or convicted."""
+        if self.books.closing and not self._suspects_left():
             self._go_local()
 
-    def _trials_open(self) -> bool:
-        return any(slot.trials or slot.trial for slot in self.crew.slots)
+    def _suspects_left(self) -> bool:
+        books = self.books
+        return any(slot.trials or slot.trial for slot in self.crew.slots) or any(
+            not task.arrived and books.suspected(task) for task in books.ledger
+        )
 
-    def _give_up_trials(self) -> None:
+    def _give_up_suspects(self) -> None:
         """Suspects that cannot be tried are left out rather than loaded in the training process."""
         for slot in self.crew.slots:
             cases = [*slot.trials, *([slot.trial] if slot.trial else [])]
@@ -210,7 +217,35 @@ class Recovery:
                 self.books.desk.quarantine.add(case.index, "crash")
                 self._enter(record)
                 self._requeue(case.waiting)
+        for task in self.books.ledger:
+            if not task.arrived and self.books.suspected(task):
+                self._leave_out(task)
         self._go_local()
+
+    def _leave_out(self, task: Task) -> None:
+        """Do without what is suspected in a task: the samples with deaths to their names, or all of it."""
+        blame = self.books.blame
+        places: list[int | None] = [
+            place for place, index in enumerate(task.samples) if blame.deaths_of(index_key(index))
+        ]
+        task.avoid = tuple(sorted({*task.avoid, *(p for p in places if p is not None)})) or tuple(
+            range(len(task.samples))
+        )
+        action = self.books.desk.policy.action
+        message = "workers died while it was in hand, and no process could be had to try it again"
+        for place in sorted(suspects) or [None]:
+            self._enter(
+                FaultRecord(
+                    kind="crash",
+                    index=None if place is None else task.samples[place],
+                    message=message,
+                    epoch=self.books.epoch,
+                    task=task.id,
+                    attempts=task.attempt,
+                    action="skipped" if action == "skip" else "replaced",
+                )
+            )
+        blame.arrived(task.id, map(index_key, task.samples))
 
     # --- restarts, and fewer workers
 
@@ -226,7 +261,7 @@ class Recovery:
         assert self.policy is not None
         reason = f"a worker process could not be started: {error}"
         if len(self.crew.slots) - len(slots) < self.policy.min_workers:
-            self._fall_back(reason, None)
+            self._fall_back(reason, None, error)
             return
         for slot in slots:
             self.crew.retire(slot, reason)
@@ -235,6 +270,14 @@ class Recovery:
     def _restart_or_shrink(self, slot: Slot, cause: Cause, key: Key | None, reason: str = "") -> None:
         assert self.policy is not None
         credit = self.crew.spend(cause, key)
+        if self.books.closing:
+            if cause == "start":
+                self._give_up_suspects()
+            elif self._suspects_left():
+                self.crew.schedule(slot)  # outside the budget; blame bounds it
+            else:
+                self._go_local()
+            return
         # Where memory runs out, a worker less helps, and the same number again does not.
         if credit and not (cause == "memory" and self.crew.size > self.policy.min_workers):
             self.crew.schedule(slot)
@@ -248,8 +291,6 @@ class Recovery:
             crew.retire(slot, f"worker {slot.worker_id} is not restarted ({reason})")
             crew.budget.refill()
             self._hand_on(slot)
-        elif self._local_reason:
-            self._give_up_trials()  # only trials were left to do, and even they cannot be had
         else:
             self._fall_back(f"no worker is left and the restart budget is spent ({reason})", slot)
 
@@ -266,26 +307,33 @@ class Recovery:
             heir.trials.extend(slot.trials)
             slot.trials.clear()
 
-    def _fall_back(self, reason: str, slot: Slot | None) -> None:
+    def _fall_back(self, reason: str, slot: Slot | None, cause: BaseException | None = None) -> None:
         """No workers can be kept: the training process loads the rest, where that is allowed and safe."""
         crew = self.crew
         assert self.policy is not None
         if not self.policy.in_process or not crew.safe_in_process:
             why = "in_process=False" if not self.policy.in_process else "what killed them would kill it too"
-            self.books.raise_once(
-                crew.budget_error(f"{reason}, and the training process does not load in their place: {why}.")
-            )
+            error = crew.budget_error(f"{reason}, and the training process does not load in their place: {why}.")
+            error.__cause__ = cause
+            self.books.raise_once(error)
             return
         self._local_reason = reason
-        if slot is not None and self._trials_open():
-            # Suspects are never loaded in the training process: one more process tries them, outside the budget.
+        if slot is not None and not self.books.iterable and self._suspects_left():
+            # Suspects are never loaded in the training process: one more process looks into them, outside the budget.
+            self.books.close_in()
             crew.schedule(slot)
             return
         self._go_local()
 
     def _go_local(self) -> None:
         books = self.books
+        if not self.crew.safe_in_process:
+            books.raise_once(
+                self.crew.budget_error(f"{self._local_reason}, and then suspects crashed their last worker.")
+            )
+            return
         self.local = True
+        books.open_up()
         for slot in self.crew.slots:
             if books.iterable:
                 books.withdraw_stream(slot.worker_id)

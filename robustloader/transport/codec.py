@@ -136,9 +136,10 @@ class _Pickler(pickle.Pickler):
             storage = self._storage_of(obj)
             storage.use(0, obj.nbytes())
             return _whole_storage, (storage,)
-        if kind is np.ndarray and not obj.flags.writeable:
-            # An out-of-band buffer of a read-only array arrives read-only; through torch's queue it is writable.
-            return obj.copy().__reduce_ex__(5)
+        if kind is np.ndarray and not _travels_as_it_is(obj):
+            # Through torch's queue, which pickles in-band, such an array arrives contiguous, native and writable; its
+            # out-of-band buffer would arrive as it is.
+            return np.array(obj, dtype=obj.dtype.newbyteorder("="), order="C").__reduce_ex__(5)
         return NotImplemented
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
@@ -178,6 +179,11 @@ class _Pickler(pickle.Pickler):
             known = self.storages[key] = _Storage(raw)
             self._marked[id(known.mark)] = known
         return known
+
+
+def _travels_as_it_is(array: Any) -> bool:
+    flags = array.flags
+    return bool((flags.c_contiguous or flags.f_contiguous) and flags.writeable and array.dtype.isnative)
 
 
 def _inline_storage(data: bytes) -> tuple[int, torch.UntypedStorage]:
