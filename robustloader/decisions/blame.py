@@ -106,6 +106,10 @@ class Blame:
         """Whether a worker has died on this task or on one of these samples, and nothing has cleared them since."""
         return task in self._tasks or (bool(self._samples) and any(key in self._samples for key in keys))
 
+    def deaths_on(self, task: int) -> int:
+        """Deaths counted against a task as a whole."""
+        return self._tasks.get(task, 0)
+
     def deaths_of(self, key: Key) -> int:
         """Deaths counted against a sample that has been neither convicted nor acquitted."""
         suspect = self._samples.get(key)

@@ -159,6 +159,10 @@ class Books:
             return None, None, None
         return task, reading.position, _index_at(task, reading.position)
 
+    def has_work(self, worker: Worker) -> bool:
+        """Whether a worker has been given something that has not come back."""
+        return self.ledger.waiting_for(worker.worker_id) > 0
+
     def sample_in_hand(self, worker: Worker) -> Any:
         """The index a live worker is at, for reports; None where no single one is known."""
         reading = worker.beacon.read()

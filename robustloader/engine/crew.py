@@ -311,8 +311,12 @@ class Crew:
         """The trainer begins to wait: silence counts from here on, not while it computed."""
         self._wait_begun_ns = time.monotonic_ns()
 
-    def watch(self, name_sample: Callable[[Worker], Any]) -> None:
-        """Look at deadlines: kill what hangs, report what stalls. ``name_sample`` tells what a worker has in hand."""
+    def watch(self, name_sample: Callable[[Worker], Any], has_work: Callable[[Worker], bool]) -> None:
+        """Look at deadlines: kill what hangs, report what stalls.
+
+        ``name_sample`` tells what a worker has in hand, ``has_work`` whether it should have something: one that is
+        idle with work waiting, while the trainer listens, does not run.
+        """
         policy = self.policy
         if policy is None:
             return
@@ -331,11 +335,13 @@ class Crew:
                 self._watch_start(worker, policy, now)
                 continue
             reading = worker.beacon.read()
-            if reading.phase == "idle" or (reading.run, reading.task) != worker.task:
-                worker.task, worker.task_s = (reading.run, reading.task), 0.0
+            idle = reading.phase == "idle" and not has_work(worker)
+            task = (reading.run, reading.task, reading.done)
+            if idle or task != worker.task:
+                worker.task, worker.task_s = task, 0.0
             else:
                 worker.task_s += passed_s
-            if reading.phase == "idle" or reading.started_ns != worker.silent_since:
+            if idle or reading.started_ns != worker.silent_since:
                 worker.silent_since, worker.silent_s, worker.reported = reading.started_ns, 0.0, False
             else:
                 worker.silent_s += passed_s

@@ -400,7 +400,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             except SampleError as error:  # the fault budget
                 self._books.raise_once(error)
         heard = self._take_pinned() or heard
-        crew.watch(self._books.sample_in_hand)
+        crew.watch(self._books.sample_in_hand, self._books.has_work)
         return heard
 
     def _on_died(self, died: Died) -> None:
@@ -463,7 +463,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         books, message = self._books, frame.message
         if books.blame.open:
             books.blame.arrived(task.id, map(index_key, task.samples))
-            self._recovery.check_suspects()
         report: Report | None = message.report
         if task.rounds == 1:  # a later round asks for the same samples again
             wanted = message.samples if isinstance(message, Fetched) else 0
@@ -478,6 +477,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._on_unfilled(task, slot, message)
         elif isinstance(message, Exhausted):
             self._on_exhausted(slot)
+        self._recovery.check_suspects()
         self._options.desk.take(
             report,
             books.recording,

@@ -64,7 +64,7 @@ class Worker:
         self.gone_ns = 0
         self.silent_s = 0.0
         self.silent_since = 0
-        self.task = (-1, -1)
+        self.task = (-1, -1, -1)
         self.task_s = 0.0
         self.reported = False
 

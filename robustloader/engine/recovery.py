@@ -83,6 +83,7 @@ class Recovery:
             crew.spend(cause, key)
             crew.forgive(key, judgement.refund)
             crew.schedule(slot)
+            self.check_suspects()
         else:
             self._restart_or_shrink(slot, cause, key)
 
@@ -223,21 +224,24 @@ class Recovery:
         self._go_local()
 
     def _leave_out(self, task: Task) -> None:
-        """Do without what is suspected in a task: the samples with deaths to their names, or all of it."""
-        blame = self.books.blame
-        places: list[int | None] = [
-            place for place, index in enumerate(task.samples) if blame.deaths_of(index_key(index))
-        ]
-        task.avoid = tuple(sorted({*task.avoid, *(p for p in places if p is not None)})) or tuple(
-            range(len(task.samples))
-        )
+        """Do without what is suspected in a task: the samples with deaths to their names, or all of it.
+
+        As everywhere, one death is chance; from ``poison_after`` on it is suspicion.
+        """
+        assert self.policy is not None
+        blame, enough = self.books.blame, self.policy.poison_after
+        suspects = {place for place, index in enumerate(task.samples) if blame.deaths_of(index_key(index)) >= enough}
+        if not suspects and blame.deaths_on(task.id) < enough:
+            blame.arrived(task.id, map(index_key, task.samples))
+            return
+        task.avoid = tuple(sorted({*task.avoid, *(suspects or range(len(task.samples)))}))
         action = self.books.desk.policy.action
         message = "workers died while it was in hand, and no process could be had to try it again"
-        for place in sorted(suspects) or [None]:
+        for index in [task.samples[place] for place in sorted(suspects)] or [None]:
             self._enter(
                 FaultRecord(
                     kind="crash",
-                    index=None if place is None else task.samples[place],
+                    index=index,
                     message=message,
                     epoch=self.books.epoch,
                     task=task.id,
