@@ -1,0 +1,111 @@
+"""Results that cannot leave the worker, or cannot be rebuilt in the training process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from robustloader import FaultPolicy, RobustDataLoader
+from tests.support.datasets import Made, Numbers
+from tests.support.hostile import ReduceExits, Undecodable, UndecodableHere, Unpicklable, samples_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+
+
+def a_thread_lock(index: Any) -> Any:
+    import threading
+
+    return threading.Lock()
+
+
+def grown(index: Any) -> Any:
+    return (torch.ones(2, requires_grad=True) * 2).sum()
+
+
+MAKERS: dict[str, Any] = {"a lambda": Unpicklable, "__reduce__ exits": ReduceExits, "a lock": a_thread_lock, "autograd": grown}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+@pytest.mark.parametrize("action", ["replace", "skip"])
+def test_a_result_that_cannot_be_pickled(make: Any, action: Any) -> None:
+    """It is found among its neighbours, named, and done without."""
+    loader = RobustDataLoader(
+        Made(16, {5: make, 6: make}), batch_size=4, num_workers=2, collate_fn=list, faults=FaultPolicy(action=action)
+    )
+    batches = [samples_of(batch) for batch in loader]
+    assert [len(batch) for batch in batches] == ([4, 4, 4, 4] if action == "replace" else [4, 2, 4, 4])
+    assert not {5, 6} & {sample for batch in batches for sample in batch}
+    assert sorted((record.index, record.kind) for record in loader.fault_log) == [(5, "unpicklable"), (6, "unpicklable")]
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+@pytest.mark.parametrize("faults", ["raise", FaultPolicy(action="raise")])
+def test_raised_it_names_the_index(make: Any, faults: Any) -> None:
+    """At once, where torch's loader hangs."""
+    iterator = iter(RobustDataLoader(Made(16, {5: make}), batch_size=4, num_workers=2, collate_fn=list, faults=faults))
+    next(iterator)
+    with pytest.raises(Exception, match=r".+") as caught:
+        next(iterator)
+    assert "5" in " ".join(caught.value.__notes__)
+    assert samples_of(next(iterator)) == [8, 9, 10, 11]
+    iterator._shutdown_workers()
+
+
+class CollateUnpicklable:
+    """Makes something that cannot be pickled of samples that can."""
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return Unpicklable(samples)
+
+
+@pytest.mark.parametrize("faults", ["replace", "skip", "raise"])
+def test_a_collate_whose_results_cannot_be_pickled(faults: Any) -> None:
+    """No sample is to blame: it is an error, whatever the policy."""
+    loader = RobustDataLoader(Numbers(16), batch_size=4, num_workers=2, collate_fn=CollateUnpicklable(), faults=faults)
+    with pytest.raises((TypeError, AttributeError, Exception), match=r"pickle|Unpicklable"):
+        list(loader)
+
+
+def test_in_process_nothing_is_pickled() -> None:
+    """What cannot be pickled is as good as anything."""
+    loader = RobustDataLoader(Made(8, {5: Unpicklable, 6: Undecodable}), batch_size=4, collate_fn=list)
+    assert [samples_of(batch) for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("action", ["replace", "skip"])
+def test_a_result_that_cannot_be_rebuilt(action: Any) -> None:
+    """Where its own unpickling raises anywhere, the sample is found, named, and done without."""
+    loader = RobustDataLoader(
+        Made(16, {5: Undecodable}), batch_size=4, num_workers=2, collate_fn=list, faults=FaultPolicy(action=action)
+    )
+    batches = [samples_of(batch) for batch in loader]
+    assert [len(batch) for batch in batches] == ([4] * 4 if action == "replace" else [4, 3, 4, 4])
+    assert 5 not in {sample for batch in batches for sample in batch}
+    assert {4, 6, 7} <= set(batches[1])
+    (record,) = loader.fault_log
+    assert (record.kind, record.index, record.error_type) == ("undecodable", 5, "FileNotFoundError")
+
+
+@pytest.mark.parametrize("action", ["replace", "skip"])
+def test_a_result_that_cannot_be_rebuilt_here(action: Any) -> None:
+    """Where only the training process fails to rebuild it, the batch as a whole is done without."""
+    loader = RobustDataLoader(
+        Made(16, {5: UndecodableHere()}), batch_size=4, num_workers=2, collate_fn=list, faults=FaultPolicy(action=action)
+    )
+    batches = [samples_of(batch) for batch in loader]
+    assert [len(batch) for batch in batches] == ([4] * 4 if action == "replace" else [4, 1, 4, 4])
+    assert 5 not in {sample for batch in batches for sample in batch}
+    assert {record.kind for record in loader.fault_log} == {"undecodable"}
+
+
+@pytest.mark.parametrize("faults", ["raise", FaultPolicy(action="raise")])
+@pytest.mark.parametrize("make", [Undecodable, UndecodableHere()])
+def test_raised_it_is_the_users_error(make: Any, faults: Any) -> None:
+    """With its own type, from ``next()``; the batches after it come."""
+    iterator = iter(RobustDataLoader(Made(16, {5: make}), batch_size=4, num_workers=2, collate_fn=list, faults=faults))
+    next(iterator)
+    with pytest.raises(FileNotFoundError, match="the table for 5"):
+        next(iterator)
+    assert [samples_of(batch) for batch in iterator] == [[8, 9, 10, 11], [12, 13, 14, 15]]

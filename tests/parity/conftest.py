@@ -1,0 +1,15 @@
+"""What torch's own loader leaves open is put away before anyone counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from multiprocessing import resource_sharer
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def sharer_stopped(no_leaks: None) -> Iterator[None]:
+    """torch passes tensors to workers through a listening socket that multiprocessing then keeps."""
+    yield
+    resource_sharer.stop()

@@ -1,0 +1,271 @@
+"""Frames over a real socket pair: whole or not at all, whatever the pieces."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from robustloader.transport import codec
+from robustloader.transport.channel import Channel, Frame, channel_pair
+from tests.support.parity_run import fingerprint
+
+PATIENCE_S = 30.0
+"""Only ever waited out by a test that fails."""
+
+
+@contextmanager
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    """The training process's end, and the worker's."""
+    ours, end = channel_pair()
+    end.setblocking(True)
+    theirs = Channel(end)
+    try:
+        yield ours, theirs
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def receive(channel: Channel, wanted: int) -> list[Frame]:
+    """Wait for so many frames."""
+    frames: list[Frame] = []
+    while len(frames) < wanted:
+        ready, _, _ = select.select([channel], [], [], PATIENCE_S)
+        assert ready, f"{len(frames)} of {wanted} frames came"
+        more, gone = channel.receive()
+        frames.extend(more)
+        assert not gone or len(frames) >= wanted
+    return frames
+
+
+def send_all(channel: Channel, messages: list[tuple[Any, Any]]) -> threading.Thread:
+    """Send pairs of message and batch from a thread of its own, as a worker would."""
+
+    def work() -> None:
+        for message, batch in messages:
+            channel.send(message, None if batch is ... else codec.dumps(batch))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def make_batch(sizes: list[int], how: int) -> Any:
+    """Tensors and arrays of these sizes, in one of a few shapes."""
+    parts: list[Any] = []
+    for number, size in enumerate(sizes):
+        if (number + how) % 3 == 0:
+            parts.append(np.arange(size, dtype=np.float32))
+        elif (number + how) % 3 == 1:
+            parts.append(torch.arange(size).t() if how % 2 else torch.arange(2 * size)[::2])
+        else:
+            parts.append(torch.arange(size, dtype=torch.float64).to(torch.bfloat16))
+    return {"parts": parts, "text": "ä" * how, "none": None}
+
+
+batches = st.builds(
+    make_batch,
+    st.lists(st.sampled_from([0, 1, 7, 500, 1_024, 4_097, 70_000, 300_000]), max_size=6),
+    st.integers(0, 5),
+)
+messages = st.one_of(st.integers(), st.text(max_size=50), st.tuples(st.integers(), st.none(), st.just(b"x" * 9_000)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(sent=st.lists(st.tuples(messages, st.just(...) | batches), min_size=1, max_size=5))
+def test_frames_arrive_whole_and_in_order(sent: list[tuple[Any, Any]]) -> None:
+    """Whatever is sent arrives, once, in order, batches of any size included."""
+    with pair() as (ours, theirs):
+        thread = send_all(theirs, sent)
+        frames = receive(ours, len(sent))
+        thread.join(PATIENCE_S)
+        assert [frame.message for frame in frames] == [message for message, _ in sent]
+        for frame, (_, batch) in zip(frames, sent, strict=True):
+            if batch is not ...:
+                assert fingerprint(frame.batch()) == fingerprint(batch)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(batch=batches, data=st.data())
+def test_a_frame_that_is_cut_off_is_never_handed_out(batch: Any, data: st.DataObject) -> None:
+    """A worker killed in the middle of a frame leaves no frame: only the whole one before it is there."""
+    tap, end = socket.socketpair()
+    source = Channel(tap)
+    collected: list[bytes] = []
+
+    def drain() -> None:
+        while piece := end.recv(1 << 20):
+            collected.append(piece)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    source.send("whole", codec.dumps([1, torch.ones(3)]))
+    source.send("cut", codec.dumps(batch))
+    source.close()
+    thread.join(PATIENCE_S)
+    end.close()
+    wire = b"".join(collected)
+    whole = _length_of_first(wire)
+    cut = data.draw(st.integers(whole, len(wire) - 1), label="bytes that got through")
+    left, right = socket.socketpair()
+    with left:
+        right.setblocking(False)
+        channel = Channel(right)
+        writer = threading.Thread(target=lambda: (left.sendall(wire[:cut]), left.shutdown(socket.SHUT_WR)))
+        writer.start()
+        frames: list[Frame] = []
+        gone = False
+        while not gone:
+            select.select([channel], [], [], PATIENCE_S)
+            more, gone = channel.receive()
+            frames.extend(more)
+        writer.join(PATIENCE_S)
+        assert [frame.message for frame in frames] == ["whole"]
+        channel.close()
+
+
+def _length_of_first(wire: bytes) -> int:
+    """Where the first frame ends: the shortest beginning that hands one out."""
+    low, high = 1, len(wire)
+    while low < high:
+        middle = (low + high) // 2
+        left, right = socket.socketpair()
+        with left:
+            right.setblocking(False)
+            channel = Channel(right)
+            # Only as much as a socket buffer surely holds: the first frame is small.
+            left.sendall(wire[: min(middle, 60_000)])
+            frames, _ = channel.receive()
+            channel.close()
+        low, high = (low, middle) if frames else (middle + 1, high)
+    return low
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_size_of_the_pieces_does_not_matter(data: st.DataObject) -> None:
+    """A stream cut anywhere into pieces gives the same frames."""
+    values = [torch.arange(700), np.arange(900), "text", torch.arange(3)]
+    tap, end = socket.socketpair()
+    source = Channel(tap)
+    for number, value in enumerate(values):
+        source.send(number, codec.dumps(value))
+    source.close()
+    wire = b""
+    while piece := end.recv(1 << 20):
+        wire += piece
+    end.close()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=12)))
+    left, right = socket.socketpair()
+    right.setblocking(False)
+    channel = Channel(right)
+    frames: list[Frame] = []
+    for begin, stop in zip([0, *cuts], [*cuts, len(wire)], strict=True):
+        left.sendall(wire[begin:stop])
+        frames.extend(channel.receive()[0])
+    left.close()
+    assert [frame.message for frame in frames] == [0, 1, 2, 3]
+    assert [fingerprint(frame.batch()) for frame in frames] == [fingerprint(value) for value in values]
+    assert channel.receive() == ([], True)
+    channel.close()
+
+
+def test_sending_never_blocks_the_training_process() -> None:
+    """Our end takes any number of messages while the worker reads nothing, and they arrive once it does."""
+    with pair() as (ours, theirs):
+        count, bulk = 200, "x" * 100_000
+        for number in range(count):
+            ours.send((number, bulk))
+        assert ours.backlog
+        got: list[Any] = []
+
+        def read() -> None:
+            while len(got) < count:
+                frames, gone = theirs.receive()
+                got.extend(frame.message[0] for frame in frames)
+                if gone:
+                    return
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        while ours.backlog:
+            _, writable, _ = select.select([], [ours], [], PATIENCE_S)
+            assert writable
+            ours.flush()
+        thread.join(PATIENCE_S)
+        assert got == list(range(count))
+
+
+def test_reading_never_blocks_the_training_process() -> None:
+    """With nothing there, ``receive`` comes back at once and says that the peer still lives."""
+    with pair() as (ours, _):
+        assert ours.receive() == ([], False)
+
+
+def test_a_peer_that_is_gone_is_no_error() -> None:
+    """Sending to a dead worker is silent; reading says that it is gone, after what it managed to send."""
+    with pair() as (ours, theirs):
+        theirs.send("last words")
+        theirs.close()
+        frames, gone = ours.receive()
+        while not gone:
+            more, gone = ours.receive()
+            frames.extend(more)
+        assert [frame.message for frame in frames] == ["last words"]
+        for _ in range(3):
+            ours.send("x" * 1_000_000)
+        assert not ours.backlog
+
+
+def test_a_message_that_does_not_pickle_sends_nothing() -> None:
+    """The error is the sender's, and the stream stays usable."""
+    with pair() as (ours, theirs):
+        with pytest.raises(Exception, match=r"pickle|lambda"):
+            theirs.send(lambda: None)
+        theirs.send("fine")
+        assert [frame.message for frame in receive(ours, 1)] == ["fine"]
+
+
+def test_what_is_received_is_the_receivers_own() -> None:
+    """A received batch is writable, has storages of exact size and does not change when the sender's does."""
+    with pair() as (ours, theirs):
+        tensor, array = torch.arange(50_000), np.arange(50_000)
+        thread = send_all(theirs, [("a", [tensor, array])])
+        frame = receive(ours, 1)[0]
+        thread.join(PATIENCE_S)
+        tensor.zero_()
+        array[:] = 0
+        found_tensor, found_array = frame.batch()
+        assert found_tensor[-1] == found_array[-1] == 49_999
+        assert found_tensor.untyped_storage().nbytes() == 400_000
+        found_tensor[0] = found_array[0] = 5
+        assert frame.nbytes >= 800_000
+
+
+def test_tensors_may_be_indices() -> None:
+    """Messages carry what the sampler yields, tensors and arrays of any size included."""
+    with pair() as (ours, theirs):
+        indices = [torch.arange(10_000), np.arange(10_000), torch.tensor(3)]
+        thread = send_all(theirs, [(indices, ...)])
+        found = receive(ours, 1)[0].message
+        thread.join(PATIENCE_S)
+        assert fingerprint(found) == fingerprint(indices)
+
+
+def test_closing_twice_is_once() -> None:
+    """``close`` may come from several sides."""
+    with pair() as (ours, _):
+        ours.close()
+        ours.close()
+        assert ours.closed
+        assert ours.fileno() == -1
