@@ -45,6 +45,9 @@ class SpareReservoir:
         self._offers: dict[int, list[Any]] = {}
         self._observed = 0
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     @property
     def observed(self) -> int:
         """How many tasks have been observed."""

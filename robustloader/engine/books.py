@@ -47,8 +47,8 @@ class Books:
         run: numbers the epochs of this iterator; workers send it back, so that late results are told apart.
         epoch: numbers the epochs of the loader.
         queue: tasks that nobody has, oldest first (map-style).
-        closing: the last worker only finds out about suspects; ``parked`` are the tasks that are above suspicion and wait
-            for the training process.
+        closing: the last worker only finds out about suspects; ``parked`` are the tasks above suspicion, which wait for
+            the training process.
         error: what the next ``next()`` raises.
     """
 

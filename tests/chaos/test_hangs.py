@@ -119,9 +119,7 @@ class Slow(Numbers):
 def test_a_slow_worker_is_left_alone() -> None:
     """The deadline is per sample."""
     listener = Listener()
-    loader = RobustDataLoader(
-        Slow(8), batch_size=4, num_workers=2, recovery=IMPATIENT, telemetry=listener.policy
-    )
+    loader = RobustDataLoader(Slow(8), batch_size=4, num_workers=2, recovery=IMPATIENT, telemetry=listener.policy)
     assert flat(loader) == list(range(8))
     assert not listener.of(WorkerHung)
     assert not listener.of(WorkerCrashed)
@@ -261,5 +259,3 @@ def test_leaving_a_stuck_worker_behind(tmp_path: Path) -> None:
         began = time.monotonic()
         iterator._shutdown_workers()
         assert time.monotonic() - began < 15  # five seconds, on a machine that is busy with other things
-
-

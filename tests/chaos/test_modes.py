@@ -20,9 +20,7 @@ QUICK = RecoveryPolicy(backoff_s=0, max_restarts=100)
 
 
 def persistent(dataset: Any, **kwargs: Any) -> RobustDataLoader[Any]:
-    return RobustDataLoader(
-        dataset, batch_size=4, num_workers=2, persistent_workers=True, recovery=QUICK, **kwargs
-    )
+    return RobustDataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True, recovery=QUICK, **kwargs)
 
 
 @pytest.mark.parametrize("victims", [1, 2])
@@ -127,7 +125,9 @@ def test_in_any_order(seed: int, kind: str) -> None:
         assert all(batch[0] == 4 * number for batch, number in zip(delivered, numbers, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"seeding": "batch"}, {"batch_size": None}, {"drop_last": True}, {"pin_memory": False}])
+@pytest.mark.parametrize(
+    "options", [{"seeding": "batch"}, {"batch_size": None}, {"drop_last": True}, {"pin_memory": False}]
+)
 def test_other_options(options: dict[str, Any]) -> None:
     """Each with a kill of everybody in the middle."""
     kwargs: dict[str, Any] = {"batch_size": 4, "num_workers": 2, "recovery": QUICK, **options}

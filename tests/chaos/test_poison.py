@@ -68,7 +68,9 @@ def test_poison_under_other_start_methods(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGSEGV", "SIGKILL"])
-@pytest.mark.parametrize("options", [{"num_workers": 1}, {"num_workers": 3}, {"seeding": "batch"}, {"prefetch_factor": 8}])
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 1}, {"num_workers": 3}, {"seeding": "batch"}, {"prefetch_factor": 8}]
+)
 def test_poison_in_other_modes(how: str, options: dict[str, Any], tmp_path: Path) -> None:
     """The same."""
     check_poison("item", how, tmp_path, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from robustloader import RecoveryPolicy, RobustDataLoader, WorkerCrashed, WorkerStartError
-from tests.support.datasets import CannotPickle, Death, DeadlyInit, Numbers, UnpicklesBadly
+from tests.support.datasets import CannotPickle, DeadlyInit, Death, Numbers, UnpicklesBadly
 from tests.support.hostile import HOSTILE
 from tests.support.listener import Listener, flat
 from tests.support.watch import Gate, wait_at

@@ -37,7 +37,9 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
-def loader_of(shared: str, size: int = 60, *, stream: dict[str, Any] | None = None, **kwargs: Any) -> RobustDataLoader[Any]:
+def loader_of(
+    shared: str, size: int = 60, *, stream: dict[str, Any] | None = None, **kwargs: Any
+) -> RobustDataLoader[Any]:
     options = {**SHARED[shared], **kwargs}
     dataset = options.pop("dataset")(size, **(stream or {}))
     return RobustDataLoader(dataset, batch_size=4, num_workers=options.pop("num_workers", 2), **options)

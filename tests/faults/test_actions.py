@@ -116,7 +116,7 @@ def test_raise_raises_the_users_exception(workers: int, faults: Any) -> None:
         next(iterator)
     if workers:
         assert "in DataLoader worker process 0" in str(caught.value)
-        assert 'raise self.errors[index](index)' in str(caught.value)
+        assert "raise self.errors[index](index)" in str(caught.value)
     assert any("17" in note for note in caught.value.__notes__)
     batches += list(iterator)
     assert flat(batches) == [index for index in range(48) if not 16 <= index < 24]
@@ -124,7 +124,16 @@ def test_raise_raises_the_users_exception(workers: int, faults: Any) -> None:
     assert (record.action, record.error_type, record.task) == ("raised", "Damaged", 2)
 
 
-FATAL = (NameError, UnboundLocalError, SyntaxError, ImportError, ModuleNotFoundError, RecursionError, MemoryError, NotImplementedError)
+FATAL = (
+    NameError,
+    UnboundLocalError,
+    SyntaxError,
+    ImportError,
+    ModuleNotFoundError,
+    RecursionError,
+    MemoryError,
+    NotImplementedError,
+)
 
 
 class Make:
@@ -176,7 +185,9 @@ def test_a_passing_failure_is_retried(workers: int, tmp_path: Path) -> None:
         Flaky(24, (3, 10), 2, tmp_path), batch_size=8, num_workers=workers, faults=FaultPolicy(retry=NO_WAIT)
     )
     assert flat(loader) == list(range(24))
-    assert [(record.index, record.action, record.attempts) for record in sorted(loader.fault_log, key=lambda r: r.task)] == [
+    assert [
+        (record.index, record.action, record.attempts) for record in sorted(loader.fault_log, key=lambda r: r.task)
+    ] == [
         (3, "retried", 3),
         (10, "retried", 3),
     ]
@@ -213,7 +224,9 @@ def test_no_retry(workers: int, tmp_path: Path) -> None:
 
 
 @WORKERS
-@pytest.mark.parametrize("kind", [ConnectionResetError, TimeoutError, InterruptedError, BlockingIOError, BrokenPipeError])
+@pytest.mark.parametrize(
+    "kind", [ConnectionResetError, TimeoutError, InterruptedError, BlockingIOError, BrokenPipeError]
+)
 def test_what_is_transient(workers: int, kind: Any, tmp_path: Path) -> None:
     """What networks and busy file systems raise in passing is tried three times."""
     dataset = Raising(8, {3: Make(kind)}, log=tmp_path / "log")

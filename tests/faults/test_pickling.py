@@ -24,7 +24,12 @@ def grown(index: Any) -> Any:
     return (torch.ones(2, requires_grad=True) * 2).sum()
 
 
-MAKERS: dict[str, Any] = {"a lambda": Unpicklable, "__reduce__ exits": ReduceExits, "a lock": a_thread_lock, "autograd": grown}
+MAKERS: dict[str, Any] = {
+    "a lambda": Unpicklable,
+    "__reduce__ exits": ReduceExits,
+    "a lock": a_thread_lock,
+    "autograd": grown,
+}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -37,7 +42,10 @@ def test_a_result_that_cannot_be_pickled(make: Any, action: Any) -> None:
     batches = [samples_of(batch) for batch in loader]
     assert [len(batch) for batch in batches] == ([4, 4, 4, 4] if action == "replace" else [4, 2, 4, 4])
     assert not {5, 6} & {sample for batch in batches for sample in batch}
-    assert sorted((record.index, record.kind) for record in loader.fault_log) == [(5, "unpicklable"), (6, "unpicklable")]
+    assert sorted((record.index, record.kind) for record in loader.fault_log) == [
+        (5, "unpicklable"),
+        (6, "unpicklable"),
+    ]
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -92,7 +100,11 @@ def test_a_result_that_cannot_be_rebuilt(action: Any) -> None:
 def test_a_result_that_cannot_be_rebuilt_here(action: Any) -> None:
     """Where only the training process fails to rebuild it, the batch as a whole is done without."""
     loader = RobustDataLoader(
-        Made(16, {5: UndecodableHere()}), batch_size=4, num_workers=2, collate_fn=list, faults=FaultPolicy(action=action)
+        Made(16, {5: UndecodableHere()}),
+        batch_size=4,
+        num_workers=2,
+        collate_fn=list,
+        faults=FaultPolicy(action=action),
     )
     batches = [samples_of(batch) for batch in loader]
     assert [len(batch) for batch in batches] == ([4] * 4 if action == "replace" else [4, 1, 4, 4])

@@ -77,7 +77,10 @@ def test_the_summary_counts(workers: int) -> None:
     """Faults, replaced, skipped."""
     for action, counts in (("replace", (2, 2, 0)), ("skip", (2, 0, 2))):
         loader = RobustDataLoader(
-            Raising(24, {20: damaged, 23: damaged}), batch_size=8, num_workers=workers, faults=action  # type: ignore[arg-type]
+            Raising(24, {20: damaged, 23: damaged}),
+            batch_size=8,
+            num_workers=workers,
+            faults=action,  # type: ignore[arg-type]
         )
         list(loader)
         summary = loader.summary()

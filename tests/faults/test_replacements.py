@@ -55,7 +55,9 @@ def test_the_same_whatever_the_workers_and_the_lookahead(bad: Iterable[int]) -> 
         assert run(bad, workers, prefetch) == alone, f"{workers} workers, prefetch_factor {prefetch}"
 
 
-@pytest.mark.parametrize("options", [{"shuffle": True}, {"dataset": WithItems}, {"seeding": "batch"}, {"faults": "skip"}])
+@pytest.mark.parametrize(
+    "options", [{"shuffle": True}, {"dataset": WithItems}, {"seeding": "batch"}, {"faults": "skip"}]
+)
 def test_the_same_in_other_modes(options: dict[str, Any]) -> None:
     """Shuffled, with ``__getitems__``, seeded by batch, skipping."""
     alone = run((3, 17, 18, 40), 0, **options)
@@ -139,7 +141,9 @@ def test_other_samplers(workers: int, kind: str, tmp_path: Path) -> None:
 def test_nothing_to_draw_from(workers: int, action: Any) -> None:
     """Where every sample is bad there is an error, and no endless search."""
     dataset = Raising(12, dict.fromkeys(range(12), damaged))
-    loader = RobustDataLoader(dataset, batch_size=4, num_workers=workers, faults=FaultPolicy(action=action, burst=10_000))
+    loader = RobustDataLoader(
+        dataset, batch_size=4, num_workers=workers, faults=FaultPolicy(action=action, burst=10_000)
+    )
     with pytest.raises(SampleError):
         list(loader)
 

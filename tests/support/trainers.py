@@ -247,7 +247,9 @@ class Inherits(Numbers):
 
 
 TRAINERS: dict[str, Callable[..., None]] = {
-    name: value for name, value in list(globals().items()) if callable(value) and getattr(value, "__module__", "") == __name__
+    name: value
+    for name, value in list(globals().items())
+    if callable(value) and getattr(value, "__module__", "") == __name__
 }
 
 if __name__ == "__main__":

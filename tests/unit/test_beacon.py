@@ -39,7 +39,13 @@ def test_one_sample_after_another() -> None:
     for position in (0, 1, 7, -1, -4):
         beacon.sample(position)
         reading = beacon.read()
-        assert (reading.phase, reading.run, reading.task, reading.position, reading.in_flight) == ("item", 1, 9, position, 1)
+        assert (reading.phase, reading.run, reading.task, reading.position, reading.in_flight) == (
+            "item",
+            1,
+            9,
+            position,
+            1,
+        )
 
 
 def test_no_single_sample_is_in_hand() -> None:

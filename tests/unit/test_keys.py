@@ -22,7 +22,9 @@ class Rude:
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize("same", [7, np.int64(7), np.uint8(7), np.array(7), np.array([7]), torch.tensor(7), torch.tensor([7])])
+@pytest.mark.parametrize(
+    "same", [7, np.int64(7), np.uint8(7), np.array(7), np.array([7]), torch.tensor(7), torch.tensor([7])]
+)
 def test_integers_of_any_kind_are_one_sample(same: Any) -> None:
     """Samplers yield Python integers, NumPy's and tensors."""
     assert index_key(same) == 7

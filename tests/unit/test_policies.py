@@ -60,7 +60,10 @@ WRONG = [
 
 RIGHT = [
     (FaultPolicy, {"action": "skip", "retry": None, "fatal": (), "burst": 0, "max_fraction": 0}),
-    (FaultPolicy, {"action": "raise", "max_fraction": 1.0, "quarantine": Path("bad.jsonl"), "fatal": (KeyboardInterrupt,)}),
+    (
+        FaultPolicy,
+        {"action": "raise", "max_fraction": 1.0, "quarantine": Path("bad.jsonl"), "fatal": (KeyboardInterrupt,)},
+    ),
     (RecoveryPolicy, {"max_restarts": 0, "backoff_s": 0, "max_backoff_s": 0, "hang_after_s": 0.5, "in_process": False}),
     (RecoveryPolicy, {"stall_report_s": None, "start_timeout_s": None, "poison_after": 1, "min_workers": 64}),
     (MemoryPolicy, {"on_low": "raise", "headroom_fraction": 0}),
@@ -95,7 +98,9 @@ def test_policies_compare_print_pickle_and_copy(policy: Any, settings: dict[str,
     """They cross process boundaries and show up in logs."""
     made = policy(**settings)
     for other in (policy(**settings), pickle.loads(pickle.dumps(made)), copy.deepcopy(made), dataclasses.replace(made)):
-        if "stop" not in settings or not isinstance(settings["stop"], type(stop_after_attempt(3) | stop_after_delay(5))):
+        if "stop" not in settings or not isinstance(
+            settings["stop"], type(stop_after_attempt(3) | stop_after_delay(5))
+        ):
             assert other == made
             assert hash(other) == hash(made)
         assert repr(other) == repr(made) or "object at" in repr(made)
