@@ -1,4 +1,4 @@
-"""Workers that die once, at every moment and in every way: all samples arrive, once, in order, and nothing is raised."""
+"""Workers that die once, at any moment and in any way: all samples arrive, once, in order, and nothing is raised."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_poison_is_raised(place: str, faults: Any, tmp_path: Path) -> None:
     death = Death(tmp_path, "SIGSEGV", times=None)
     iterator = iter(deadly(place, death, recovery=QUICK, faults=faults))
     delivered = [next(iterator) for _ in range(3)]
-    with pytest.raises(WorkerCrashError, match="segfault|Segmentation") as caught:
+    with pytest.raises(WorkerCrashError, match=r"segfault|Segmentation") as caught:
         next(iterator)
     assert caught.value.index == 13
     assert caught.value.signal == "SIGSEGV"

@@ -196,7 +196,7 @@ def test_a_failure_in_a_later_incarnation_spends_credit(tmp_path: Path) -> None:
     delivered = [next(iterator)]
     for process in iterator._workers:
         os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(Exception, match="licence server|restart"):
+    with pytest.raises(Exception, match=r"licence server|restart"):
         for batch in iterator:
             delivered.append(batch)
     assert flat(delivered) == list(range(len(flat(delivered))))

@@ -109,8 +109,7 @@ class Shuffled(Stream):
         info = get_worker_info()
         assert info is not None
         mine = torch.arange(info.id, self.size, info.num_workers)
-        for number in mine[torch.randperm(len(mine))].tolist():
-            yield number
+        yield from mine[torch.randperm(len(mine))].tolist()
 
 
 def test_a_shard_that_shuffles_is_replayed_in_its_own_order() -> None:
