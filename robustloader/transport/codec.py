@@ -109,11 +109,12 @@ class _Pickler(pickle.Pickler):
     """Pickles tensors as the module's docstring says, everything else as multiprocessing would."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5, buffer_callback=self._take)
+        # A method of this object would tie it to itself, and keep the batch alive until the collector comes round.
+        self._taken: list[pickle.PickleBuffer] = []
+        super().__init__(file, protocol=5, buffer_callback=self._taken.append)
         self.dispatch_table = _dispatch_table()
         self.storages: dict[tuple[int, int], _Storage] = {}
         self._marked: dict[int, _Storage] = {}
-        self._taken: list[pickle.PickleBuffer] = []
 
     def buffers(self) -> list[Buffer]:
         """The buffers in the order in which the pickle asks for them."""
@@ -123,10 +124,6 @@ class _Pickler(pickle.Pickler):
             storage = self._marked.get(id(memory.obj))
             found.append(storage.extent() if storage is not None else Buffer(-1, memory))
         return found
-
-    def _take(self, buffer: pickle.PickleBuffer) -> bool:
-        self._taken.append(buffer)
-        return False
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.support.datasets import (
 )
 from tests.support.listener import Listener, flat
 from tests.support.peek import await_bytes, await_idle, pids
-from tests.support.watch import kill
+from tests.support.watch import Mailbox, await_gone, kill, post, processes
 
 FORK = pytest.param("fork", id="fork")
 SLOW_STARTS = [pytest.param(method, id=method) for method in ("forkserver", "spawn")]
@@ -176,6 +177,30 @@ def test_a_finished_batch_and_then_a_death() -> None:
         assert batch.tolist() == list(range(4 * number, 4 * number + 4))
         attempts.append(iterator.batch_info.attempts)
     assert attempts[:2] == [1, 1]
+
+
+class HasAChild(Numbers):
+    """Sample 9 starts a child, tells a mailbox of it, and dies, the first time."""
+
+    def __init__(self, size: int, mailbox: str, death: Death) -> None:
+        super().__init__(size)
+        self.mailbox = mailbox
+        self.death = death
+
+    def load(self, index: int) -> Any:
+        if index == 9 and not self.death.count:
+            post(self.mailbox, subprocess.Popen(["sleep", "600"]).pid)
+            self.death.strike()
+        return index
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "exit 0"])
+def test_the_death_of_a_worker_that_has_a_child(how: str, tmp_path: Path) -> None:
+    """It is noticed although the child lives on with the worker's descriptors, and the child goes with it."""
+    with Mailbox(tmp_path / "mailbox") as mailbox:
+        dataset = HasAChild(32, mailbox.path, Death(tmp_path, how))
+        assert flat(RobustDataLoader(dataset, batch_size=4, num_workers=1)) == list(range(32))
+        await_gone(processes([int(mailbox.take())]))
 
 
 def test_all_workers_at_once() -> None:

@@ -75,7 +75,8 @@ def test_what_a_workers_own_subprocess_inherits(method: str) -> None:
 
 @METHODS
 def test_a_killed_trainer_takes_everything_along(method: str, tmp_path: Path) -> None:
-    """SIGKILL to the trainer, with a worker stuck in C that owns a child, and an idle one: all are gone soon."""
+    """SIGKILL to the trainer, with a worker stuck in C that owns a child, and one in the middle of a frame: all are
+    gone soon."""
     with (
         Mailbox(tmp_path / "mailbox") as mailbox,
         Gate(tmp_path / "gate") as gate,

@@ -15,40 +15,31 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import robustloader
 from robustloader import RobustDataLoader
 from tests.support.datasets import Numbers
+from tests.support.peek import await_bytes
 from tests.support.watch import post, wait_at
 
 
 class Sleeper(Numbers):
-    """Sample 1 starts a child of its own, tells a mailbox both process ids, and waits at a gate for ever."""
+    """Sample 1 starts a child of its own, tells a mailbox both process ids, and waits at a gate for ever. Those after
+    it are far larger than a socket, so that whoever loads one is stuck in the middle of a frame while nobody reads.
+    """
 
     def __init__(self, mailbox: str, gate: str) -> None:
         super().__init__(64)
         self.mailbox = mailbox
         self.gate = gate
 
-    def load(self, index: int) -> int:
+    def load(self, index: int) -> Any:
         if index == 1:
             child = subprocess.Popen(["sleep", "600"])
             post(self.mailbox, f"{os.getpid()} {child.pid}")
             wait_at(self.gate)
-        return index
-
-
-class Told(Numbers):
-    """Sample ``at`` tells a mailbox who loads it."""
-
-    def __init__(self, size: int, mailbox: str, at: int) -> None:
-        super().__init__(size)
-        self.mailbox = mailbox
-        self.at = at
-
-    def load(self, index: int) -> int:
-        if index == self.at:
-            post(self.mailbox, os.getpid())
-        return index
+        return torch.full((16 << 20,), index, dtype=torch.uint8) if index > 1 else index
 
 
 def say(*words: object) -> None:
@@ -70,9 +61,10 @@ def pids(iterator: Any) -> str:
 
 
 def sleeping(method: str, mailbox: str, gate: str) -> None:
-    """One worker is stuck and owns a child, the other is idle; the trainer waits."""
+    """One worker is stuck and owns a child, the other is in the middle of a frame; the trainer waits."""
     iterator = iter(loader(method, Sleeper(mailbox, gate)))
     next(iterator)
+    await_bytes(iterator, 0)
     say(pids(iterator))
     wait_for_a_line()
 
