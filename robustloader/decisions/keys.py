@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-__all__ = ["Key", "as_list", "index_key"]
+__all__ = ["Key", "as_list", "index_key", "once_only", "positions_of"]
 
 Key = int | str
 
@@ -44,6 +44,11 @@ def as_list(indices: Any, *, batched: bool) -> list[Any]:
         return list(indices)
     except Exception:  # the dataset may still know what to do with it
         return []
+
+
+def once_only(indices: Any) -> Any:
+    """``indices``, as a list where it is an iterator: that can be read once, and is needed more often."""
+    return list(indices) if isinstance(indices, Iterator) else indices
 
 
 def positions_of(indices: Sequence[Any], known: Container[Key]) -> tuple[int, ...]:

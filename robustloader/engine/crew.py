@@ -57,9 +57,10 @@ class Slot:
             "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk).
         streak: deaths in a row without a finished task between them.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
-        ended, batches, calls, deaths, orders: iterable only. Whether this shard has ended, how many of its batches have
-            arrived, how often its stream was read for them, how many processes have died at that point, and tasks to
-            be sent once there is a process.
+        ended, batches, calls, deaths, kills, rng, orders: iterable only. Whether this shard has ended, how many of its
+            batches have arrived, how often its stream was read for them, how many processes have died at that point by
+            themselves and how many were killed from outside, the random states it began the epoch with (None: those of
+            its seed), and tasks to be sent once there is a process.
     """
 
     worker_id: int
@@ -75,6 +76,8 @@ class Slot:
     batches: int = 0
     calls: int = 0
     deaths: int = 0
+    kills: int = 0
+    rng: Any = None
     orders: deque[Task] = field(default_factory=deque)
 
     @property
@@ -361,7 +364,7 @@ class Crew:
     def _is_hung(self, worker: Worker, reading: Reading) -> bool:
         sample, task = self._sample_limit_s, self._task_limit_s
         return (sample is not None and worker.silent_s > sample * max(1, reading.in_flight)) or (
-            task is not None and worker.task_s > task
+            task is not None and reading.task >= 0 and worker.task_s > task  # reading a stream again is no task
         )
 
     def _watch_start(self, worker: Worker, policy: RecoveryPolicy, now: int) -> None:

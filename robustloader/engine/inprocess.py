@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from robustloader.decisions.keys import as_list, positions_of
+from robustloader.decisions.keys import as_list, once_only, positions_of
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.books import MAX_ROUNDS, loaded_indices, spares_for
 from robustloader.engine.faults import add_note, rebuild
@@ -21,7 +21,7 @@ from robustloader.events import BatchInfo
 from robustloader.system import host, torch_private
 from robustloader.transport.messages import Fetch, Raised, Report
 from robustloader.worker.fetch import Broken, Ended, Loaded, Outcome, Plan, Short, make_fetcher
-from robustloader.worker.seeding import RandomStreams, preserve_rng, seed_batch
+from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
 
 __all__ = ["InProcessIterator", "StandIn", "batch_nbytes"]
 
@@ -91,7 +91,7 @@ class InProcessIterator(torch_private.LoaderIterator):
 
     def _load(self) -> Any:
         desk, task, batched = self._desk, self._task, self._options.batched
-        indices = self._ahead.pop(0) if self._ahead else self.next_indices()
+        indices = self._ahead.pop(0) if self._ahead else once_only(self.next_indices())
         self._task += 1
         samples: list[Any] = []
         avoid: tuple[int, ...] = ()
@@ -158,7 +158,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         """Read indices until ``tasks`` tasks are known, so that there is something to draw spares from."""
         with contextlib.suppress(StopIteration):
             while not self._options.iterable and self._spares.observed < tasks:
-                ahead = self.next_indices()
+                ahead = once_only(self.next_indices())
                 self._ahead.append(ahead)
                 self._spares.observe(self._spares.observed, as_list(ahead, batched=self._options.batched))
 
@@ -215,6 +215,7 @@ class StandIn:
         base_seed: int,
         skip: int = 0,
         indices: Any = None,
+        rng: Any = None,
     ) -> None:
         self._options = options
         self._base_seed = base_seed
@@ -230,6 +231,8 @@ class StandIn:
         with self._as_worker():
             if worker_init_fn is not None:
                 worker_init_fn(worker_id)
+            if rng is not None:
+                restore_rng(rng)
             self._fetcher = make_fetcher(
                 Plan(
                     dataset=dataset,

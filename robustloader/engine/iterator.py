@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from multiprocessing import util
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from robustloader.decisions.keys import index_key
+from robustloader.decisions.keys import index_key, once_only
 from robustloader.decisions.ledger import Task
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
@@ -28,7 +29,7 @@ from robustloader.engine.inprocess import StandIn, batch_nbytes
 from robustloader.engine.memory import check_memory
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
-from robustloader.engine.pool import Died, Pool, Said, Started, Worker
+from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
 from robustloader.engine.recovery import Recovery
 from robustloader.errors import SampleError, WorkerStartError
 from robustloader.events import BatchInfo, TaskReplayed
@@ -45,6 +46,7 @@ from robustloader.transport.messages import (
     Ready,
     Report,
     Resume,
+    Resumed,
     StartFailed,
     Trial,
     TrialPassed,
@@ -99,6 +101,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._persistent = loader.persistent_workers
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
+        self._happenings: deque[Happening] = deque()
         context = loader.multiprocessing_context
         make_setup = functools.partial(
             Setup,
@@ -164,8 +167,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._stream_indices: Any = None
 
     def _start_details(self, slot: Slot) -> dict[str, Any]:
-        skip = slot.calls if self._options.iterable else 0
-        return {"epoch": self._books.epoch, "run": self._books.run, "skip": skip, "indices": self._stream_indices}
+        return {
+            "epoch": self._books.epoch,
+            "run": self._books.run,
+            "skip": slot.calls if self._options.iterable else 0,
+            "indices": self._stream_indices,
+            "rng": slot.rng,
+        }
 
     def _start_workers(self) -> None:
         error = self._crew.start_all(self._start_details)
@@ -193,13 +201,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._open_books()
             self._recovery.orphans.clear()
             for slot in self._crew.slots:
-                slot.ended, slot.batches, slot.calls, slot.deaths = False, 0, 0, 0
+                slot.ended, slot.batches, slot.calls, slot.deaths, slot.kills, slot.rng = False, 0, 0, 0, 0, None
                 slot.orders.clear()
                 slot.trials.clear()
                 slot.trial = None
-                if slot.worker is not None:
+                if slot.worker is not None and not slot.worker.dismissed:
                     self._resume(slot.worker)
-                elif slot.state == "ended":
+                elif slot.worker is not None or slot.state == "ended":
+                    slot.worker = None  # it is leaving, or has left
+                    slot.incarnation += 1
                     self._crew.schedule(slot)
                 elif slot.state == "retired" and self._options.iterable:
                     self._recovery.orphans.append(slot)
@@ -216,7 +226,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _put(self) -> None:
         """Read what the sampler yields next and give it to a worker, as torch would."""
         try:
-            indices = self.next_indices()
+            indices = once_only(self.next_indices())
         except StopIteration:
             self._drained = True
             return
@@ -241,6 +251,17 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if not slot.ended and slot.state not in ("retired", "ended"):
                 return slot
         return None
+
+    def _top_up(self) -> None:
+        """Ask the shards for as much as they should have under way: what a lost shard had been asked for is withdrawn,
+        although it was asked in return for batches of others."""
+        books, before = self._books, -1
+        if not self._options.iterable or self._recovery.local:
+            return
+        active = sum(not slot.ended and slot.state not in ("retired", "ended") for slot in self._crew.slots)
+        while len(books.ledger) < self._prefetch * active and before < books.ledger.next_id:
+            before = books.ledger.next_id
+            self._put()
 
     def _ask(self, slot: Slot) -> None:
         """Ask a shard for its next batch, now or once it has a process (again)."""
@@ -386,7 +407,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if self._policy is None and self.timeout_s:
                 wait_s = min(wait_s, self.timeout_s / 8)
         heard = False
-        for happening in self._pool.wait(wait_s):
+        # Kept in a queue: where a signal handler of the user's raises in here, what was not seen to yet stays.
+        self._happenings.extend(self._pool.wait(0.0 if self._happenings else wait_s))
+        while self._happenings:
+            happening = self._happenings.popleft()
             try:
                 if isinstance(happening, Said):
                     heard = True
@@ -397,6 +421,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._on_started(happening.worker)
                 else:
                     self._recovery.on_not_started(happening)
+                    self._feed_all()
+                    self._wake_orphan()
             except SampleError as error:  # the fault budget
                 self._books.raise_once(error)
         heard = self._take_pinned() or heard
@@ -410,6 +436,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._recovery.on_died(died)
             self._feed_all()
         self._wake_orphan()
+        self._top_up()
 
     def _on_started(self, worker: Worker) -> None:
         slot = self._crew.slot_of(worker)
@@ -445,6 +472,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif isinstance(message, StartFailed):
             self._on_start_failed(worker, message.raised)
             return
+        elif isinstance(message, Resumed):
+            if message.run == self._books.run:
+                slot.rng = message.rng
         elif isinstance(message, TrialPassed):
             worker.finished += 1
             self._recovery.on_trial_passed(slot)
@@ -454,7 +484,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
             if task is not None:
                 if message.calls > slot.calls:
-                    slot.calls, slot.deaths = message.calls, 0
+                    slot.calls, slot.deaths, slot.kills = message.calls, 0, 0
                 self._settle(task, slot, worker, frame)
         self._feed(slot)
 
@@ -618,6 +648,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 num_workers=self.num_workers,
                 base_seed=self.base_seed,
                 skip=slot.calls if slot is not None else 0,
+                rng=slot.rng if slot is not None else None,
                 indices=self._stream_indices,
             )
         task.attempt += 1

@@ -93,18 +93,20 @@ class Recovery:
         for order in reversed(lost):
             order.worker_id = slot.worker_id  # only this shard can do it
             slot.orders.appendleft(order)
-        if died.reading.phase not in ("idle", "init"):
-            slot.deaths += 1
-        limit = self.policy.poison_after + (OUTSIDE_TRIALS if cause in ("killed", "unknown") else 1)
-        if slot.deaths < limit:
+        outside = cause in ("killed", "unknown", "memory")
+        if died.reading.phase not in ("idle", "init") and died.reading.task >= 0:
+            slot.kills += outside
+            slot.deaths += not outside
+        if slot.deaths <= self.policy.poison_after and slot.kills < self.policy.poison_after + OUTSIDE_TRIALS:
             self._restart_or_shrink(slot, cause, None)
             return
-        reason = f"{slot.deaths} of its processes died at the same point of the stream ({cause})"
+        deaths = slot.deaths + slot.kills
+        reason = f"{deaths} of its processes died at the same point of the stream ({cause})"
         task = lost[0] if lost else Task(-1, None, [])
-        self._record("poison", None, reason, task, slot.deaths, event, "skipped")
+        self._record("poison", None, reason, task, deaths, event, "skipped")
         self.books.desk.end_shard(self.books.recording, slot.worker_id, slot.batches, reason)
         self.crew.spend(cause, None)
-        self.crew.forgive(None, slot.deaths)
+        self.crew.forgive(None, deaths)
         slot.ended, slot.state = True, "ended"
         self.books.withdraw_stream(slot.worker_id)
         slot.orders.clear()
@@ -360,6 +362,12 @@ class Recovery:
 
     def next_orphan(self) -> Slot | None:
         """A shard that lost its process, once there is a place for it again."""
+        if self.orphans and self.crew.processes >= self.crew.size:
+            for slot in self.crew.slots:  # persistent workers stay when their shard has ended: one gives way
+                if slot.ended and slot.worker is not None and slot.state == "live":
+                    if not slot.worker.dismissed:
+                        self.crew.pool.dismiss(slot.worker)
+                    break
         if self.orphans and self.crew.processes < self.crew.size:
             slot = self.orphans.popleft()
             slot.streak = 0

@@ -1,7 +1,7 @@
 """What the two sides say to each other, one class per message.
 
 Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`.
-Worker to training process: :class:`Ready`, :class:`StartFailed`, :class:`Fetched`, :class:`Unfilled`,
+Worker to training process: :class:`Ready`, :class:`Resumed`, :class:`StartFailed`, :class:`Fetched`, :class:`Unfilled`,
 :class:`Failed`, :class:`Exhausted`, :class:`TrialPassed`.
 
 ``run`` numbers the epochs of one iterator, so that what a worker still loads of an abandoned epoch is told apart.
@@ -26,6 +26,7 @@ __all__ = [
     "Ready",
     "Report",
     "Resume",
+    "Resumed",
     "StartFailed",
     "Trial",
     "TrialPassed",
@@ -62,6 +63,13 @@ class Resume(NamedTuple):
 
     run: int
     epoch: int
+
+
+class Resumed(NamedTuple):
+    """A worker of an iterable dataset begins the epoch ``run`` with these random states: a successor will need them."""
+
+    run: int
+    rng: Any
 
 
 class Ready(NamedTuple):

@@ -19,6 +19,7 @@ from robustloader.events import FaultAction, FaultKind
 from robustloader.policies import TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
 from robustloader.worker.beacon import COLLATE, ENCODE, ITEM, ITEMS, Beacon
+from robustloader.worker.seeding import preserve_rng
 
 __all__ = ["Broken", "Ended", "IterableFetcher", "Loaded", "MapFetcher", "Outcome", "Plan", "Short", "make_fetcher"]
 
@@ -286,10 +287,11 @@ class _Repair:
         plan, order = self.plan, self.order
         if order.careful and plan.beacon and plan.encode:
             try:
-                plan.beacon.enter(COLLATE, run=order.run, task=order.task, position=position)
-                alone = plan.collate_fn([value] if plan.batched else value)
-                plan.beacon.enter(ENCODE, run=order.run, task=order.task, position=position)
-                plan.encode(alone)
+                with preserve_rng():  # the batch must come out as if nothing had been tried
+                    plan.beacon.enter(COLLATE, run=order.run, task=order.task, position=position)
+                    alone = plan.collate_fn([value] if plan.batched else value)
+                    plan.beacon.enter(ENCODE, run=order.run, task=order.task, position=position)
+                    plan.encode(alone)
             except plan.catches:
                 pass  # exceptions are dealt with when the whole batch meets them
             plan.beacon.sample(position)

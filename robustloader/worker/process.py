@@ -33,6 +33,7 @@ from robustloader.transport.messages import (
     Ready,
     Report,
     Resume,
+    Resumed,
     StartFailed,
     Trial,
     TrialPassed,
@@ -40,7 +41,7 @@ from robustloader.transport.messages import (
 )
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
 from robustloader.worker.fetch import Broken, Loaded, Outcome, Plan, Short, make_fetcher
-from robustloader.worker.seeding import seed_batch, seed_worker
+from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 
@@ -91,6 +92,7 @@ class Setup:
         end: the worker's end of the socket pair, not yet wrapped.
         skip: how often to read from an iterable dataset and throw the batch away, because a predecessor sent it.
         indices: one task's indices, for those.
+        rng: random states to begin the stream with; None keeps those of the seed.
     """
 
     cargo: Cargo
@@ -110,6 +112,7 @@ class Setup:
     drop_last: bool
     skip: int = 0
     indices: Any = None
+    rng: Any = None
 
 
 def run_worker(setup: Setup) -> None:
@@ -148,6 +151,8 @@ class _Worker:
         )
         if worker_init_fn is not None:
             worker_init_fn(setup.worker_id)
+        if setup.rng is not None:
+            restore_rng(setup.rng)
         self.plan = Plan(
             dataset=info.dataset,
             iterable=setup.iterable,
@@ -202,6 +207,7 @@ class _Worker:
     def _resume(self, message: Resume) -> bool:
         self.run, self.epoch = message.run, message.epoch
         if self.setup.iterable:
+            self.channel.send(Resumed(message.run, rng_states()))
             try:
                 self.fetcher = make_fetcher(self.plan)
             except BaseException as error:

@@ -12,7 +12,15 @@ import torch
 
 from robustloader.system import torch_private
 
-__all__ = ["RandomStreams", "preserve_rng", "seed_batch", "seed_worker", "worker_seed"]
+__all__ = [
+    "RandomStreams",
+    "preserve_rng",
+    "restore_rng",
+    "rng_states",
+    "seed_batch",
+    "seed_worker",
+    "worker_seed",
+]
 
 
 def worker_seed(base_seed: int, worker_id: int, incarnation: int) -> int:
@@ -64,34 +72,36 @@ class RandomStreams:
             random.seed(self.seed)
             torch.default_generator.manual_seed(self.seed)
             np.random.seed(torch_private.numpy_seed(base_seed if not incarnation else self.seed, worker_id))
-            self._states = _states()
+            self._states = rng_states()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Let these be the process's streams for a while."""
         with preserve_rng():
-            _restore(self._states)
+            restore_rng(self._states)
             try:
                 yield
             finally:
-                self._states = _states()
+                self._states = rng_states()
 
 
 @contextlib.contextmanager
 def preserve_rng() -> Iterator[None]:
     """Put the global Python, NumPy and torch CPU generators back to where they were."""
-    states = _states()
+    states = rng_states()
     try:
         yield
     finally:
-        _restore(states)
+        restore_rng(states)
 
 
-def _states() -> tuple[Any, Any, torch.Tensor]:
+def rng_states() -> tuple[Any, Any, torch.Tensor]:
+    """The states of the global Python, NumPy and torch CPU generators."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
-def _restore(states: tuple[Any, Any, torch.Tensor]) -> None:
+def restore_rng(states: tuple[Any, Any, torch.Tensor]) -> None:
+    """Put the global generators into these states."""
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
