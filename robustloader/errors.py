@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from types import FrameType
@@ -52,8 +53,36 @@ class RobustLoaderWarning(UserWarning):
 _OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
+_local = threading.local()
+
+
+def hold_warnings() -> list[str] | None:
+    """Keep this thread's warnings back until :func:`release_warnings`; None where somebody holds them already.
+
+    A warning may be raised, where the user made warnings errors. It must not be in the middle of the books.
+    """
+    if getattr(_local, "held", None) is not None:
+        return None
+    held: list[str] = []
+    _local.held = held
+    return held
+
+
+def release_warnings(held: list[str] | None) -> None:
+    """Emit what was held back; raises the first one where warnings are errors."""
+    if held is None:
+        return
+    _local.held = None
+    for text in held:
+        warn_user(text)
+
+
 def warn_user(text: str) -> None:
     """Emit a :class:`RobustLoaderWarning` that points at the user's line: the first outside this package and torch."""
+    held = getattr(_local, "held", None)
+    if held is not None:
+        held.append(text)
+        return
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None:

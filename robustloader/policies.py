@@ -154,7 +154,9 @@ class FaultPolicy:
         check_exceptions("fatal", self.fatal)
         check_number("burst", self.burst, whole=True)
         check_number("max_fraction", self.max_fraction, high=1.0)
-        if self.quarantine is not None and not isinstance(self.quarantine, (str, os.PathLike)):
+        if self.quarantine is not None and (
+            self.quarantine == "" or not isinstance(self.quarantine, (str, os.PathLike))
+        ):
             raise OptionError("quarantine", self.quarantine, "a path or None")
 
 

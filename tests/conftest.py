@@ -120,14 +120,13 @@ def _descriptors() -> dict[int, str]:
 
 
 def _shared_memory() -> set[str]:
-    """Entries of /dev/shm, without semaphores (any program's, and nothing here makes any) and what carries the process
-    id of a living stranger."""
+    """Entries of /dev/shm that may be ours: no semaphores (any program's, and nothing here makes any), and of torch's,
+    which carry a process id, only this process's and its children's: other programs of the machine make them too.
+    """
     family = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
     found = set()
     for name in os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else ():
-        if name.startswith("sem."):
-            continue
         owner = re.match(r"torch_(\d+)_", name)
-        if owner is None or int(owner[1]) in family or not psutil.pid_exists(int(owner[1])):
+        if not name.startswith("sem.") and (owner is None or int(owner[1]) in family):
             found.add(name)
     return found

@@ -115,6 +115,8 @@ class Crew:
         self._wait_begun_ns = 0
         self._waited_ns = 0
         self._since_shrink = 0
+        self.failed_starts = 0
+        self.anyone_ready = False
         if policy is not None:
             self.budget = RestartBudget(
                 max_restarts=policy.max_restarts, backoff_s=policy.backoff_s, max_backoff_s=policy.max_backoff_s
@@ -181,6 +183,11 @@ class Crew:
         if code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
             return "killed"
         return "crash" if code < 0 else "exit"
+
+    def nobody_starts(self) -> bool:
+        """Note a process that ended before it could say anything; whether that is all that ever happens."""
+        self.failed_starts += 1
+        return not self.anyone_ready and self.failed_starts > len(self.slots)
 
     def report_death(self, died: Died, cause: Cause, index: Any, tasks: int) -> WorkerCrashed:
         """Emit what is known about a death."""

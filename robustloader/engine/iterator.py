@@ -210,7 +210,11 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 elif slot.worker is not None or slot.state == "ended":
                     slot.worker = None  # it is leaving, or has left
                     slot.incarnation += 1
-                    self._crew.schedule(slot)
+                    slot.state = "retired"
+                    if self._crew.processes < self._crew.size:
+                        self._crew.schedule(slot)
+                    else:
+                        self._recovery.orphans.append(slot)
                 elif slot.state == "retired" and self._options.iterable:
                     self._recovery.orphans.append(slot)
         self._prefetch = check_memory(self._options.memory, self._wanted_prefetch, self._books.recording)
@@ -334,7 +338,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if self._returned_ns:
             books.recording.stepped(begun - self._returned_ns)
         self._crew.begin_wait()
-        if not self.closed:
+        if self._pool.busy:
+            books.raise_once(
+                RuntimeError("an exception interrupted this iterator in the middle of its work; make a new one")
+            )
+        elif not self._pool.owned:
+            raise RuntimeError("this iterator belongs to another process; make one of its own in a forked child")
+        elif not self.closed:
             self._turn(0.0)
         heard_ns = begun
         while True:
@@ -345,6 +355,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if not len(books.ledger) and not self._wake_orphan():
                 self._finish()
                 raise StopIteration
+            if self.closed:
+                raise RuntimeError("this iterator was closed; make a new one")
             if self._turn():
                 heard_ns = time.monotonic_ns()
             elif strict_s and time.monotonic_ns() - heard_ns > strict_s * 1e9:
@@ -425,6 +437,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._wake_orphan()
             except SampleError as error:  # the fault budget
                 self._books.raise_once(error)
+        self._pool.busy = False
         heard = self._take_pinned() or heard
         crew.watch(self._books.sample_in_hand, self._books.has_work)
         return heard
@@ -468,7 +481,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         message = frame.message
         slot = self._crew.slot_of(worker)
         if isinstance(message, Ready):
-            worker.ready = True
+            worker.ready = self._crew.anyone_ready = True
         elif isinstance(message, StartFailed):
             self._on_start_failed(worker, message.raised)
             return

@@ -51,8 +51,8 @@ class Worker:
         self.beacon = Beacon(self.page)
         self.beacon.enter(INIT)
         self.lifeline = host.Lifeline()
-        self.stacks_fd = os.memfd_create("robustloader-stacks")
         self.channel, self._their_end = channel_pair()
+        self.stacks_fd = os.memfd_create("robustloader-stacks")
         self.process: Any = None
         self.pidfd: int | None = None
         self.started_ns = time.monotonic_ns()
@@ -197,6 +197,9 @@ class _Shared:
 class Pool:
     """The processes. Used by one thread at a time, whichever calls ``next()``.
 
+    ``busy`` is set while what ``wait`` found is read and seen to; whoever does that resets it. Found set later, it says
+    that an exception from elsewhere (a signal handler of the user's) cut that short, and frames may be torn.
+
     Args:
         context: a multiprocessing context, or the ``torch.multiprocessing`` module.
         make_setup: makes a worker's :class:`Setup` from what belongs to the process. Must not know the iterator, which
@@ -214,6 +217,7 @@ class Pool:
         self._starting = 0
         self.workers: list[Worker] = []
         self.stopped = False
+        self.busy = False
 
     @property
     def owned(self) -> bool:
@@ -312,7 +316,9 @@ class Pool:
         """What has happened, waiting up to ``timeout_s`` seconds (None: until something does)."""
         happenings: list[Happening] = []
         dead: list[Worker] = []
-        for key, events in self._selector.select(timeout_s):
+        ready = self._selector.select(timeout_s)
+        self.busy = bool(ready)
+        for key, events in ready:
             worker: Worker | None = key.data
             if worker is None:
                 with contextlib.suppress(BlockingIOError):
@@ -390,11 +396,13 @@ class Pool:
             worker.beacon.dismiss()
             worker.channel.close()  # a worker that waits for a task, or for us to read, wakes up
         deadline = time.monotonic() + STOP_WITHIN_S
-        for worker in everyone:
-            self._await_end(worker, max(0.0, deadline - time.monotonic()))
-        for worker in everyone:
-            if worker.process.exitcode is None:
-                worker.kill()
+        try:
+            for worker in everyone:
+                self._await_end(worker, max(0.0, deadline - time.monotonic()))
+        finally:  # also when a second Ctrl-C cuts the waiting short
+            for worker in everyone:
+                if worker.process.exitcode is None:
+                    worker.kill()
         for worker in everyone:
             if worker.process.exitcode is None:
                 worker.process.join(1.0)  # one that cannot even be killed (a dead network mount) is left behind

@@ -15,7 +15,7 @@ from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
 from robustloader.engine.crew import Crew, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
-from robustloader.errors import WorkerError, WorkerHangError
+from robustloader.errors import WorkerError, WorkerHangError, WorkerStartError
 from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
 
@@ -53,6 +53,16 @@ class Recovery:
         crew.vacate(slot)
         if self.policy is None:
             books.raise_once(crew.crash_error(event))
+            return
+        if cause == "start" and not worker.killed_for and crew.nobody_starts():
+            error = WorkerStartError(
+                f"no worker became ready: {crew.failed_starts} processes ended in Python's own start-up (exit code 1). "
+                "Their tracebacks are on stderr. With spawn and forkserver, a script must keep its main part under "
+                'if __name__ == "__main__":',
+                worker_id=worker.worker_id,
+                pid=worker.pid,
+            )
+            books.raise_once(error)
             return
         if books.iterable:
             self._on_shard_died(slot, lost, event, cause, died)

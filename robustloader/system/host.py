@@ -186,6 +186,7 @@ class Lifeline:
     """
 
     def __init__(self) -> None:
+        self.read_fd = self._write_fd = -1  # should os.pipe() fail
         self.read_fd, self._write_fd = os.pipe()
         close_in_forked_children(self)
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from robustloader.errors import RobustLoaderWarning, hold_warnings, release_warnings
+
 __all__ = [
     "HookedDataLoader",
     "LoaderIterator",
@@ -30,6 +32,7 @@ __all__ = [
 
 try:
     from torch._utils import KeyErrorMessage
+    from torch.utils.data._utils import collate as _torch_collate
     from torch.utils.data._utils import pin_memory as _torch_pin
     from torch.utils.data._utils import signal_handling as _torch_signals
     from torch.utils.data._utils import worker as _torch_worker
@@ -81,6 +84,23 @@ def pin_memory(batch: Any, device: str | None) -> Any:
 def numpy_seed(base_seed: int, worker_id: int) -> list[int]:
     """The state that torch seeds NumPy with in a worker."""
     return list(_torch_worker._generate_state(base_seed, worker_id))
+
+
+@contextlib.contextmanager
+def tensor_collate(stack: Callable[..., Any]) -> Iterator[None]:
+    """Let ``default_collate`` stack tensors with ``stack(torch's own function, batch, collate_fn_map)``.
+
+    Nothing happens where the entry is no longer torch's own: the user's choice stands.
+    """
+    entries, own = _torch_collate.default_collate_fn_map, _torch_collate.collate_tensor_fn
+    if entries.get(torch.Tensor) is not own:
+        yield
+        return
+    entries[torch.Tensor] = lambda batch, *, collate_fn_map=None: stack(own, batch, collate_fn_map)
+    try:
+        yield
+    finally:
+        entries[torch.Tensor] = own
 
 
 def prepare_worker_process() -> None:
@@ -154,6 +174,7 @@ class LoaderIterator(_BaseDataLoaderIter):
         self.timeout_s: float = self._timeout
         self.base_seed: int = int(self._base_seed)
         self.pins: bool = self._pin_memory
+        self._kept: list[Any] = []
         self.pin_device: str | None = getattr(self, "_pin_memory_device", None)
 
     def next_indices(self) -> Any:
@@ -179,10 +200,28 @@ class LoaderIterator(_BaseDataLoaderIter):
         """Stop the workers and release everything; safe to call more than once."""
 
     def _next_data(self) -> Any:
-        return self.next_batch()
+        if self._kept:
+            return self._kept.pop()
+        held = hold_warnings()
+        try:
+            batch = self.next_batch()
+        except BaseException as error:
+            try:
+                release_warnings(held)
+            except RobustLoaderWarning:
+                if isinstance(error, StopIteration):
+                    raise
+            raise
+        try:
+            release_warnings(held)
+        except BaseException:
+            self._kept.append(batch)  # the warning is an error to the user; the batch comes next
+            raise
+        return batch
 
     def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
         super()._reset(loader, first_iter)
+        self._kept.clear()
         self.begin_epoch(loader, first=first_iter)
 
     @property

@@ -40,6 +40,7 @@ from robustloader.transport.messages import (
     Unfilled,
 )
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
+from robustloader.worker.collate import private_collate
 from robustloader.worker.fetch import Broken, Loaded, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
 
@@ -129,7 +130,8 @@ def run_worker(setup: Setup) -> None:
     except BaseException as error:  # user code: the dataset's unpickling, worker_init_fn, iter(dataset)
         channel.send(StartFailed(Raised.of(error, where)))
         return
-    worker.serve()
+    with private_collate():
+        worker.serve()
 
 
 class _Worker:

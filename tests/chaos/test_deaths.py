@@ -6,13 +6,22 @@ import os
 import random
 import signal
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from robustloader import RecoveryPolicy, RobustDataLoader, TaskReplayed, WorkerCrashed, WorkerRestarted
+from robustloader import (
+    RecoveryPolicy,
+    RobustDataLoader,
+    RobustLoaderWarning,
+    TaskReplayed,
+    TelemetryPolicy,
+    WorkerCrashed,
+    WorkerRestarted,
+)
 from tests.support.datasets import (
     CRASHES,
     DEATHS,
@@ -214,6 +223,35 @@ def test_all_workers_at_once() -> None:
     delivered += list(iterator)
     assert flat(delivered) == list(range(64))
     assert len(listener.of(WorkerRestarted)) == 3
+
+
+class BrokenSink:
+    """Cannot write any more."""
+
+    def receive(self, event: Any) -> None:
+        raise OSError("disk full")
+
+
+def test_a_sink_that_breaks_at_a_death_with_warnings_as_errors() -> None:
+    """``next()`` raises the warning once; what the dead worker held is loaded all the same."""
+    policy = TelemetryPolicy(sinks=(BrokenSink(),))
+    iterator = iter(RobustDataLoader(Numbers(32), batch_size=4, num_workers=2, telemetry=policy))
+    delivered = next(iterator).tolist()
+    for pid in pids(iterator):
+        kill(pid, signal.SIGKILL)
+    raised = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while True:
+            try:
+                delivered += next(iterator).tolist()
+            except StopIteration:
+                break
+            except RobustLoaderWarning:
+                raised += 1
+                assert raised < 10
+    assert raised == 1
+    assert delivered == list(range(32))
 
 
 @pytest.mark.parametrize("seed", range(3))
