@@ -608,6 +608,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         worker.killed_for = "start"
         if worker.incarnation > 0 and self._policy is not None:
             return
+        worker.dismissed = True  # its end is no crash
         cause = rebuild(raised, index=None, worker_id=worker.worker_id, pid=worker.pid)
         if self._policy is None:
             self._books.raise_once(cause)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from robustloader import RecoveryPolicy, RobustDataLoader, WorkerCrashed, WorkerStartError
-from tests.support.datasets import CannotPickle, DeadlyInit, Death, Numbers, UnpicklesBadly
+from robustloader import RecoveryPolicy, RobustDataLoader, WorkerCrashed, WorkerRestarted, WorkerStartError
+from tests.support.datasets import CannotPickle, DeadlyInit, Death, Numbers, Stream, UnpicklesBadly
 from tests.support.hostile import HOSTILE
 from tests.support.listener import Listener, flat
-from tests.support.watch import Gate, wait_at
+from tests.support.peek import pids
+from tests.support.watch import Gate, await_death, wait_at
 
 
 class InitRaises:
@@ -231,3 +232,22 @@ def test_a_worker_that_is_never_ready_is_replaced(tmp_path: Path) -> None:
         )
         assert flat(loader) == list(range(16))
     assert {event.cause for event in listener.of(WorkerCrashed)} == {"start"}
+
+
+class CannotBegin(Stream):
+    """Raises where a worker asks for its iterator."""
+
+    def __iter__(self) -> Any:
+        raise FileNotFoundError("the archive is not mounted here")
+
+
+def test_a_reported_failure_is_not_a_crash() -> None:
+    """Also where the trainer hears of the report and of the process's end at the same time."""
+    listener = Listener()
+    iterator = iter(RobustDataLoader(CannotBegin(16), batch_size=4, num_workers=2, telemetry=listener.policy))
+    for pid in pids(iterator):
+        await_death(pid)
+    with pytest.raises(WorkerStartError, match="the archive is not mounted"):
+        next(iterator)
+    assert not listener.of(WorkerCrashed)
+    assert not listener.of(WorkerRestarted)
