@@ -89,8 +89,6 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
     ) -> None:
         if isinstance(num_workers, AutoWorkers) or num_workers == "auto":  # type: ignore[comparison-overlap]
             num_workers = AutoWorkers.resolve(host.usable_cpus(), os.environ.get("LOCAL_WORLD_SIZE"))
-        elif isinstance(num_workers, str):
-            raise OptionError("num_workers", num_workers, "a number of workers, 0 or more, or 'auto'")
         super().__init__(
             dataset,
             batch_size,
