@@ -222,6 +222,10 @@ class _Worker:
             seed_batch(self.setup.base_seed, self.epoch, order.task)
         begun = time.monotonic_ns()
         outcome = self.fetcher.fetch(order)
+        if order.careful and self.setup.seed_batches and isinstance(outcome, Loaded) and outcome.report is None:
+            # Proved sample by sample; the batch itself must draw its random numbers in the usual order.
+            seed_batch(self.setup.base_seed, self.epoch, order.task)
+            outcome = self.fetcher.fetch(order._replace(careful=False))
         load_ns = time.monotonic_ns() - begun
         for _ in range(2):
             if not isinstance(outcome, Loaded):
