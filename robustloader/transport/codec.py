@@ -136,7 +136,7 @@ class _Pickler(pickle.Pickler):
         if kind is np.ndarray and not _travels_as_it_is(obj):
             # Through torch's queue, which pickles in-band, such an array arrives contiguous, native and writable; its
             # out-of-band buffer would arrive as it is.
-            return np.array(obj, dtype=obj.dtype.newbyteorder("="), order="C").__reduce_ex__(5)
+            return np.array(obj, dtype=obj.dtype.newbyteorder("="), order="A").__reduce_ex__(5)
         return NotImplemented
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
