@@ -32,8 +32,8 @@ def _stack(torch_collate: Callable[..., Any], batch: Sequence[Any], collate_fn_m
 
 def _alike(batch: Sequence[Any]) -> bool:
     first = batch[0]
-    if type(first) is not torch.Tensor or first.is_quantized or first.is_nested:
-        return False
+    if type(first) is not torch.Tensor or first.is_quantized or first.is_nested or first.is_complex():
+        return False  # complex ones may be conjugated views, with which torch's function has ways of its own
     shape, dtype = first.shape, first.dtype
     return all(
         type(tensor) is torch.Tensor
@@ -42,5 +42,6 @@ def _alike(batch: Sequence[Any]) -> bool:
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
         and not tensor.requires_grad
+        and not tensor.is_neg()
         for tensor in batch
     )
