@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-__all__ = ["Key", "as_list", "index_key", "once_only", "positions_of"]
+__all__ = ["Key", "as_list", "count_indices", "index_key", "once_only", "positions_of"]
 
 Key = int | str
 
@@ -44,6 +44,14 @@ def as_list(indices: Any, *, batched: bool) -> list[Any]:
         return list(indices)
     except Exception:  # the dataset may still know what to do with it
         return []
+
+
+def count_indices(indices: Any) -> int:
+    """How many samples a batch of indices asks for; 1 where it has no length."""
+    try:
+        return len(indices)
+    except TypeError:
+        return 1
 
 
 def once_only(indices: Any) -> Any:

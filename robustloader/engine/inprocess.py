@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from robustloader.decisions.keys import as_list, once_only, positions_of
+from robustloader.decisions.keys import as_list, count_indices, once_only, positions_of
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.books import MAX_ROUNDS, loaded_indices, spares_for
 from robustloader.engine.faults import add_note, rebuild
@@ -106,9 +106,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             if avoid:
                 desk.left_out([samples[p] for p in avoid], self._recording, task=task)
         begun = time.monotonic_ns()
-        desk.budget.fetched(_count(indices) if batched else 1)
+        desk.budget.fetched(count_indices(indices) if batched else 1)
         outcome = self._fetch(Fetch(0, task, indices, spares, avoid))
-        replaced: dict[int, tuple[Any, Any]] = {}
         rounds = 1
         while isinstance(outcome, Short):
             self._take(outcome.report, task)
@@ -127,14 +126,13 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._raise(outcome)
         assert isinstance(outcome, Loaded)
         report = outcome.report or Report()
-        replaced.update(report.replaced)
         self._recording.worker_task(None, outcome.samples, load_ns, 0)
         batch = outcome.batch
         self._recording.delivered(outcome.samples, batch_nbytes(batch))
         self.batch_info = BatchInfo(
             index=task,
             indices=() if self._options.iterable else loaded_indices(as_list(indices, batched=batched), report),
-            replaced=replaced,
+            replaced=dict(report.replaced),
             skipped=report.skipped,
             load_s=load_ns / 1e9,
         )
@@ -187,13 +185,6 @@ class InProcessIterator(torch_private.LoaderIterator):
     def __del__(self) -> None:
         if hasattr(self, "_recording"):
             self.close()
-
-
-def _count(indices: Any) -> int:
-    try:
-        return len(indices)
-    except TypeError:
-        return 1
 
 
 class StandIn:

@@ -113,7 +113,7 @@ def prepare_worker_process() -> None:
 
 def enter_worker(*, worker_id: int, num_workers: int, seed: int, dataset: Any) -> Any:
     """Make ``torch.utils.data.get_worker_info()`` answer for this worker; returns the info object."""
-    info = _torch_worker.WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+    info = new_worker_info(worker_id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
     _torch_worker._worker_info = info
     return info
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from tenacity import Retrying, retry_if_exception
 
 from robustloader.decisions.isolation import find_misfits
-from robustloader.decisions.keys import Key, as_list, index_key
+from robustloader.decisions.keys import Key, as_list, count_indices, index_key
 from robustloader.events import FaultAction, FaultKind
 from robustloader.policies import TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
@@ -139,7 +139,7 @@ class MapFetcher:
             elif hasattr(dataset, "__getitems__") and dataset.__getitems__:
                 stage = ITEMS
                 if beacon:
-                    beacon.enter(ITEMS, run=order.run, task=order.task, count=_count(indices))
+                    beacon.enter(ITEMS, run=order.run, task=order.task, count=count_indices(indices))
                 data = dataset.__getitems__(indices)
             else:
                 data = values
@@ -153,8 +153,8 @@ class MapFetcher:
                         values.append(dataset[index])
             stage = COLLATE
             if beacon:
-                beacon.enter(COLLATE, run=order.run, task=order.task, count=_count(indices))
-            return Loaded(plan.collate_fn(data), _count(indices) if plan.batched else 1, None)
+                beacon.enter(COLLATE, run=order.run, task=order.task, count=count_indices(indices))
+            return Loaded(plan.collate_fn(data), count_indices(indices) if plan.batched else 1, None)
         except plan.catches as raised:
             error = raised
         # Outside the except, or every further exception of this task would carry this one as its context.
@@ -429,13 +429,6 @@ def _get_one(plan: Plan, index: Any) -> Any:
             return values[0]
         # __getitems__ may return whatever its collate_fn understands; then only __getitem__ gives a sample.
     return dataset[index]
-
-
-def _count(indices: Any) -> int:
-    try:
-        return len(indices)
-    except TypeError:
-        return 1
 
 
 def _fault(
