@@ -28,6 +28,7 @@ __all__ = [
     "ShardEnded",
     "Sink",
     "TaskReplayed",
+    "TransportDegraded",
     "WorkerCrashed",
     "WorkerHung",
     "WorkerRecycled",
@@ -233,6 +234,18 @@ class MemoryLow(Event):
     free_bytes: int
     action: str
     remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportDegraded(Event):
+    """A batch went through a worker's socket instead of its arena, for ``reason``. Told once per worker and epoch.
+
+    Attributes:
+        worker_id: the worker, or None where there is no arena for any.
+    """
+
+    worker_id: int | None
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

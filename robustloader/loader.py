@@ -48,7 +48,8 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         seeding: "worker" gives torch's random streams. "batch" (map-style datasets) seeds Python, NumPy and torch
             before each batch from the base seed, the epoch and the batch number, so that a batch is the same whoever
             loads it, with any number of workers.
-        transport: how batches cross between processes: "pipe", or "auto", the best there is.
+        transport: how batches cross between processes: "arena" (shared memory that workers fill and the training
+            process reads in place), "pipe" (copied through a socket), or "auto": the arena where the system has memfd.
         num_workers: besides torch's numbers, "auto": as many as there are processors to use, for all the ranks of
             this machine (``LOCAL_WORLD_SIZE``) together.
         kwargs: passed on to torch's constructor, for parameters that a newer torch may have.
@@ -138,6 +139,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             recovery=self.recovery,
             memory=self.memory,
             seeding=self.seeding,
+            transport=self.transport,
             desk=self._desk,
             recorder=self._recorder,
             epochs=self._epochs,

@@ -29,7 +29,7 @@ __all__ = [
 
 Action = Literal["raise", "skip", "replace"]
 Seeding = Literal["worker", "batch"]
-Transport = Literal["auto", "pipe"]
+Transport = Literal["auto", "arena", "pipe"]
 
 TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
 FATAL: tuple[type[BaseException], ...] = (

@@ -20,7 +20,7 @@ from robustloader.errors import SampleError
 from robustloader.events import BatchInfo
 from robustloader.system import host, torch_private
 from robustloader.transport.messages import Fetch, Raised, Report
-from robustloader.worker.collate import private_collate
+from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, Ended, Loaded, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
 
@@ -241,7 +241,7 @@ class StandIn:
 
     @contextlib.contextmanager
     def _as_worker(self) -> Iterator[None]:
-        with self._streams.active(), torch_private.worker_info(self._info), private_collate():
+        with self._streams.active(), torch_private.worker_info(self._info), Stacker().installed():
             yield
 
     def fetch(self, order: Fetch, epoch: int) -> Outcome:

@@ -26,13 +26,13 @@ from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import StandIn, batch_nbytes
-from robustloader.engine.memory import check_memory
+from robustloader.engine.memory import arena_limits, check_memory
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
 from robustloader.engine.recovery import Recovery
 from robustloader.errors import SampleError, WorkerStartError
-from robustloader.events import BatchInfo, TaskReplayed
+from robustloader.events import BatchInfo, TaskReplayed, TransportDegraded
 from robustloader.system import host, torch_private
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.channel import Frame
@@ -101,6 +101,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._persistent = loader.persistent_workers
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
+        self._arena, self._no_arena = arena_limits(options.transport, options.memory, self.num_workers)
         self._happenings: deque[Happening] = deque()
         context = loader.multiprocessing_context
         make_setup = functools.partial(
@@ -158,6 +159,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         recording.active_workers = self._crew.size
         self._crew.recording = self._resources.recording = recording
         self._resources.all_delivered = self._drained = False
+        self._degraded: set[int | None] = set()
+        if self._no_arena:
+            self._note_degraded(None, self._no_arena)
         self._books.begin(recording, poison_after=self._policy.poison_after if self._policy else 1)
         self._cycle = 0
         self._put_ahead = 0
@@ -173,6 +177,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             "skip": slot.calls if self._options.iterable else 0,
             "indices": self._stream_indices,
             "rng": slot.rng,
+            "arena": self._arena,
         }
 
     def _start_workers(self) -> None:
@@ -443,6 +448,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         return heard
 
     def _on_died(self, died: Died) -> None:
+        if died.worker.arena_lost:
+            self._arena, self._no_arena = None, died.worker.arena_lost
+            self._note_degraded(None, self._no_arena)
         if died.worker.dismissed:
             self._recovery.on_left(died.worker)
         else:
@@ -474,6 +482,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if not pinner.alive and not self.closed:
             self._books.raise_once(RuntimeError("Pin memory thread exited unexpectedly"))
         return bool(taken)
+
+    def _note_degraded(self, worker_id: int | None, reason: str) -> None:
+        """Tell, once per worker and epoch, that its batches take the slower way."""
+        if worker_id not in self._degraded:
+            self._degraded.add(worker_id)
+            self._crew.emit(TransportDegraded(epoch=self._crew.recording.epoch, worker_id=worker_id, reason=reason))
 
     # --- settling what a worker said
 
@@ -537,6 +551,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._on_undecodable(task, slot, worker, error)
             return
         slot.batches += 1
+        if message.trouble:
+            self._note_degraded(worker.worker_id, message.trouble)
         self._books.recording.worker_task(worker.worker_id, message.samples, message.load_ns, message.rss_bytes)
         result = Result(
             batch=batch,

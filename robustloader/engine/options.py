@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustloader.engine.faults import FaultDesk
-from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding
+from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding, Transport
 from robustloader.telemetry import Recorder
 
 __all__ = ["EngineOptions", "EpochCounter"]
@@ -38,6 +38,7 @@ class EngineOptions:
     recovery: RecoveryPolicy | None
     memory: MemoryPolicy | None
     seeding: Seeding
+    transport: Transport
     desk: FaultDesk
     recorder: Recorder
     epochs: EpochCounter

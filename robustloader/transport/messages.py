@@ -150,7 +150,8 @@ class Report(NamedTuple):
 class Fetched(NamedTuple):
     """A batch; it follows in the same frame. ``samples`` counts what is in it.
 
-    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets).
+    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). ``trouble`` says
+    why the batch did not go through the arena, where it should have.
     """
 
     run: int
@@ -160,6 +161,7 @@ class Fetched(NamedTuple):
     rss_bytes: int
     report: Report | None = None
     calls: int = 0
+    trouble: str = ""
 
 
 class Unfilled(NamedTuple):
