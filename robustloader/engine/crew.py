@@ -89,6 +89,9 @@ class Slot:
 class Crew:
     """Slots, restart budget and pool size of one iterator.
 
+    Attributes:
+        tick_s: how often, in seconds, deadlines should be looked at.
+
     Args:
         policy: None recovers nothing.
         heals: whether the pool may grow back within an epoch.
@@ -123,6 +126,8 @@ class Crew:
             )
         self._sample_limit_s = policy.hang_after_s if policy is not None else None
         self._task_limit_s = timeout_s or None
+        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
+        self.tick_s = min([1.0, *(max(0.02, limit / 8) for limit in limits)])
 
     # --- who is there
 
@@ -135,12 +140,6 @@ class Crew:
     def processes(self) -> int:
         """Worker processes there are, or will be when their restart is due."""
         return sum(slot.state in ("live", "waiting", "starting") for slot in self.slots)
-
-    @property
-    def tick_s(self) -> float:
-        """How often, in seconds, deadlines should be looked at."""
-        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
-        return min([1.0, *(max(0.02, limit / 8) for limit in limits)])
 
     def start_all(self, details: Details) -> Exception | None:
         """Start every slot's first process. What one raises comes back; those started before stay."""

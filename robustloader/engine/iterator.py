@@ -57,6 +57,8 @@ from robustloader.worker.process import Cargo, Setup
 
 __all__ = ["MultiprocessIterator"]
 
+_LOOK_EVERY_NS = 1_000_000
+
 
 @dataclass(slots=True)
 class _Resources:
@@ -165,7 +167,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._books.begin(recording, poison_after=self._policy.poison_after if self._policy else 1)
         self._cycle = 0
         self._put_ahead = 0
-        self._returned_ns = 0
+        self._returned_ns = self._looked_ns = 0
         self._last: tuple[Task, Result] | None = None
         self._stand_in: StandIn | None = None
         self._stream_indices: Any = None
@@ -349,11 +351,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             )
         elif not self._pool.owned:
             raise RuntimeError("this iterator belongs to another process; make one of its own in a forked child")
-        elif not self.closed:
+        elif not self.closed and begun - self._looked_ns > _LOOK_EVERY_NS and self._has_ready():
+            self._looked_ns = begun
             self._turn(0.0)
         heard_ns = begun
         while True:
-            self._raise_error()
+            if books.error is not None:
+                self._raise_error()
             task = books.ledger.deliverable()
             if task is not None and task.result.pinned:
                 return self._deliver(task, begun)
@@ -366,6 +370,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 heard_ns = time.monotonic_ns()
             elif strict_s and time.monotonic_ns() - heard_ns > strict_s * 1e9:
                 raise RuntimeError(f"DataLoader timed out after {self.timeout_s} seconds")
+
+    def _has_ready(self) -> bool:
+        """Whether a batch can be handed out without waiting. Then the workers are listened to now and then only: a loop
+        that takes less than a millisecond would spend a good part of it on that."""
+        task = self._books.ledger.deliverable()
+        return task is not None and bool(task.result.pinned)
 
     def _deliver(self, task: Task, begun: int) -> Any:
         books, result = self._books, task.result
@@ -494,7 +504,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _on_said(self, worker: Worker, frame: Frame) -> None:
         message = frame.message
         slot = self._crew.slot_of(worker)
-        if isinstance(message, Ready):
+        if isinstance(message, Fetched) and message.run == self._books.run:  # as a rule
+            self._on_task_message(message, slot, worker, frame)
+        elif isinstance(message, Ready):
             worker.ready = self._crew.anyone_ready = True
         elif isinstance(message, StartFailed):
             self._on_start_failed(worker, message.raised)
@@ -507,13 +519,16 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._recovery.on_trial_passed(slot)
             self._feed_all()
         elif message.run == self._books.run:
-            worker.finished += 1
-            task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
-            if task is not None:
-                if message.calls > slot.calls:
-                    slot.calls, slot.deaths, slot.kills = message.calls, 0, 0
-                self._settle(task, slot, worker, frame)
+            self._on_task_message(message, slot, worker, frame)
         self._feed(slot)
+
+    def _on_task_message(self, message: Any, slot: Slot, worker: Worker, frame: Frame) -> None:
+        worker.finished += 1
+        task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
+        if task is not None:
+            if message.calls > slot.calls:
+                slot.calls, slot.deaths, slot.kills = message.calls, 0, 0
+            self._settle(task, slot, worker, frame)
 
     def _settle(self, task: Task, slot: Slot, worker: Worker, frame: Frame) -> None:
         """Act on what became of a task; raises :class:`FaultBudgetError` after that."""

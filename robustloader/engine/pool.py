@@ -41,6 +41,7 @@ class Worker:
         finished: tasks that came back from it.
         dismissed: it was asked to leave; its end is expected.
         killed_for: why it is as good as killed by this process ("hang", "start", "arena"), or "".
+        backlogged: the pool waits until its socket takes more.
         arena_lost: why its arena could not be had here, or "".
         run: the iterator's epoch it was started in.
         silent_s, task_s: how long it has been in one phase, and with one task, while the trainer waited, in seconds.
@@ -63,6 +64,7 @@ class Worker:
         self.dismissed = False
         self.killed_for = ""
         self.arena_lost = ""
+        self.backlogged = False
         self._fork_token = ForkToken()
         self.run = 0
         self.gone_ns = 0
@@ -311,8 +313,9 @@ class Pool:
     def _watch_writing(self, worker: Worker) -> None:
         if worker.channel.closed or worker.gone_ns:
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.backlog else 0)
-        if self._selector.get_key(worker.channel).events != events:
+        if worker.channel.backlog != worker.backlogged:
+            worker.backlogged = worker.channel.backlog
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.backlogged else 0)
             self._selector.modify(worker.channel, events, worker)
 
     def wake(self) -> None:

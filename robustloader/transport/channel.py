@@ -44,6 +44,8 @@ _MAX_VECTORS = 1_000  # IOV_MAX is 1,024 on Linux
 _TURN_BYTES = 32 * 1024 * 1024  # read from one worker before the others get a turn
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 8)
 
+_PLAIN = frozenset((int, str))  # indices of these types need no special care
+
 _NEW_ARENA = 1  # a descriptor came along
 _RENEW = 2  # the worker should begin a new arena
 _PAYLOAD_PLACED = 4  # the payload lies in the arena: the table's last entry
@@ -277,7 +279,7 @@ def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> I
 def _envelope(message: Any) -> bytes:
     """Messages hold the user's indices, which may be anything: pickled like a batch, with all buffers inside."""
     indices = getattr(message, "indices", None)
-    if type(indices) is list and all(type(index) is int for index in indices):
+    if type(indices) is list and _PLAIN.issuperset(map(type, indices)):
         return pickle.dumps(message, 5)
     parcel = codec.dumps(message)
     if not parcel.buffers:

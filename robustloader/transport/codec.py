@@ -138,6 +138,7 @@ class _Pickler(pickle.Pickler):
         self.dispatch_table = _REDUCERS  # type: ignore[assignment]  # asked for single items only
         self.storages: dict[tuple[int, int], _Storage] = {}
         self._marked: dict[int, _Storage] = {}
+        self._small: dict[tuple[int, int], torch.Tensor] = {}  # each the first with its storage, which it fills
 
     def buffers(self) -> list[Buffer]:
         """The buffers in the order in which the pickle asks for them."""
@@ -177,13 +178,23 @@ class _Pickler(pickle.Pickler):
                 "a batch holds a tensor that requires grad and is not a leaf: autograd does not cross processes; "
                 "call detach() on it in the dataset or in collate_fn"
             )
+        raw = tensor.untyped_storage()
+        nbytes = raw.nbytes()
         size, stride, offset, item = (
             tuple(tensor.shape),
             tensor.stride(),
             tensor.storage_offset(),
             tensor.element_size(),
         )
-        storage = self._storage_of(tensor.untyped_storage())
+        if 0 < nbytes <= INLINE_BYTES and not tensor.requires_grad:
+            address = raw.data_ptr()
+            first = self._small.get((address, nbytes))
+            if first is not None:
+                return _alias, (first, _CODE_OF[tensor.dtype], size, stride, offset)
+            if nbytes == tensor.numel() * item and stride == _row_major(size):
+                self._small[address, nbytes] = tensor
+                return _small_tensor, (bytearray(ctypes.string_at(address, nbytes)), _CODE_OF[tensor.dtype], size)
+        storage = self._storage_of(raw)
         if tensor.numel():
             last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
             storage.use(int(offset) * item, (last + 1) * item)
@@ -210,6 +221,24 @@ def _inline_storage(data: bytes) -> tuple[int, torch.UntypedStorage]:
     if not data:
         return 0, torch.UntypedStorage(0)
     return 0, torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
+
+
+def _row_major(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a new tensor of this size."""
+    strides, step = [], 1
+    for length in reversed(size):
+        strides.append(step)
+        step *= max(1, length)
+    return tuple(reversed(strides))
+
+
+def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Tensor:
+    tensor = torch.frombuffer(data, dtype=_DTYPES[code])
+    return tensor if len(size) == 1 else tensor.view(size)
+
+
+def _alias(first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
+    return torch.empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
 
 
 def _whole_storage(storage: tuple[int, torch.UntypedStorage]) -> torch.UntypedStorage:

@@ -145,12 +145,9 @@ class MapFetcher:
                 data = values
                 if beacon:
                     beacon.enter(ITEM, run=order.run, task=order.task, position=0)
-                    for position, index in enumerate(indices):
-                        beacon.sample(position)
-                        values.append(dataset[index])
-                else:
-                    for index in indices:
-                        values.append(dataset[index])
+                    indices = beacon.follow(indices)
+                for index in indices:
+                    values.append(dataset[index])
             stage = COLLATE
             if beacon:
                 beacon.enter(COLLATE, run=order.run, task=order.task, count=count_indices(indices))

@@ -1,4 +1,4 @@
-"""What torch's own loader leaves open is put away before anyone counts."""
+"""What torch's own loader leaves open is put away before anyone counts; both transports are torch's equals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from multiprocessing import resource_sharer
 
 import pytest
+
+from tests.support.transports import transport
+
+__all__ = ["sharer_stopped", "transport"]
 
 
 @pytest.fixture(autouse=True)
