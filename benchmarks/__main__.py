@@ -30,8 +30,8 @@ from benchmarks.memory import peak_of
 from benchmarks.thresholds import judge
 from benchmarks.workloads import WORKLOADS
 
-FULL = Form(rounds=24, block_s=0.25, budget_s=50, fine_rounds=60)
-QUICK = Form(rounds=5, block_s=0.04, budget_s=4, min_rounds=2, min_batches=4, max_batches=500, fine_rounds=10)
+FULL = Form(rounds=24, block_s=0.25, budget_s=40, fine_rounds=60)
+QUICK = Form(rounds=5, block_s=0.04, budget_s=3, min_rounds=2, min_batches=4, max_batches=500, fine_rounds=10)
 
 SPECIAL = ("first-batch", "memory", "policies", "policies-tiny", "telemetry")
 """Measurements that are not simply a workload; ``first-batch`` yields ``short-epoch`` as well."""
