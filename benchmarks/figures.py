@@ -55,16 +55,12 @@ def draw_times(measurements: Mapping[str, Any], path: Path) -> None:
     """Milliseconds a batch, all loaders and the limit."""
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(measurements) + 1.4))
     for name, colour in COLOURS.items():
-        points = [
-            (made["loaders"][name]["median"], row)
-            for row, made in enumerate(measurements.values())
-            if "median" in made["loaders"].get(name, {})
-        ]
-        if points:
-            marker = "|" if name == "limit" else "o"
-            axes.scatter(
-                *zip(*points, strict=True), s=160 if marker == "|" else 36, marker=marker, color=colour, label=name
-            )
+        rows = [row for row, made in enumerate(measurements.values()) if "median" in made["loaders"].get(name, {})]
+        medians = [list(measurements.values())[row]["loaders"][name]["median"] for row in rows]
+        if rows:
+            marker, size = ("|", 160) if name == "limit" else ("o", 36)
+            label = {"spdl": "SPDL"}.get(name, name)
+            axes.scatter(medians, rows, s=size, marker=marker, color=colour, label=label)
     _finish(axes, measurements, "milliseconds a batch")
     _save(figure, path)
 

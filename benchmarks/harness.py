@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,13 @@ def compare(
         if limit:
             entrants.append(_Entrant(LIMIT, _puller(in_process(workload, endless // workload.batch_size, folder))))
         for entrant in entrants:
-            _attempt(entrant, lambda entrant=entrant: _calibrate(entrant, workload, form))
+            _attempt(entrant, partial(_calibrate, entrant, workload, form))
         round_s = sum(entrant.block_s for entrant in entrants)
         for number in range(affordable(rounds, round_s, form)):
             for entrant in turn_order([entrant for entrant in entrants if entrant.cannot is None], number):
                 gc.collect()
                 wait_until_quiet()
-                _attempt(entrant, lambda entrant=entrant: _run_block(entrant))
+                _attempt(entrant, partial(_run_block, entrant))
     for entrant in entrants:
         divisor = usable_cores() if entrant.name == LIMIT else 1
         results[entrant.name] = entrant.cannot or [taken * 1e3 / divisor for taken in entrant.taken]

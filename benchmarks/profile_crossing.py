@@ -98,7 +98,7 @@ class Stopwatch:
         missing = []
         for column, target in enumerate(TARGETS):
             module, _, owner_name = target.owner.partition(":")
-            owner = importlib.import_module(module)
+            owner: Any = importlib.import_module(module)
             owner = getattr(owner, owner_name, None) if owner_name else owner
             function = getattr(owner, target.name, None)
             if function is None:

@@ -92,8 +92,8 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "|---|---|---|---|---|"
         words = {True: "yes", False: "**no**", None: "not compared"}
         for verdict in result["verdicts"]:
-            cells = (f"`{verdict['measurement']}`", verdict["against"], verdict["wanted"], verdict["shown"])
-            yield f"| {' | '.join(map(_cell, cells))} | {words[verdict['passed']]} |"
+            row = (f"`{verdict['measurement']}`", verdict["against"], verdict["wanted"], verdict["shown"])
+            yield f"| {' | '.join(map(_cell, row))} | {words[verdict['passed']]} |"
     refused = [
         f"* `{name}`, {loader}: {_cell(figures['cannot'])}"
         for name, made in measurements.items()
