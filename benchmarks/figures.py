@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 PEERS = ("torch", "torchdata", "spdl")
 COLOURS = {
@@ -67,15 +68,17 @@ def draw_times(measurements: Mapping[str, Any], path: Path) -> None:
 
 def _finish(axes: Any, measurements: Mapping[str, Any], label: str) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.margins(y=0.03)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_yticks(range(len(measurements)), list(measurements))
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, ncols=len(COLOURS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _save(figure: Any, path: Path) -> None:
