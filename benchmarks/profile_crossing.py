@@ -8,7 +8,7 @@ Method: the functions named in :data:`TARGETS` are wrapped from outside before t
     difference per batch. "rest of next()" is what no other line claims.
 Trap: a wrapper costs about a microsecond a call, so the sum is above what the same loop takes unwrapped; both are
     printed. With fewer cores than busy processes, time without a processor counts into whatever line it falls in.
-Rerun: ``python -m benchmarks.profile_crossing [--batches N] [--rows ROWS] [--width FLOATS] [--transport auto|pipe]``
+Rerun: ``python -m benchmarks.profile_crossing [--batches N] [--rows ROWS] [--width FLOATS]``
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from robustloader import RobustDataLoader
 
 WORKERS = 2
 WARM_UP = 200
+KEPT = 64
 
 
 class Target(NamedTuple):
@@ -51,10 +52,18 @@ TARGETS = (
     Target("fetch: dataset and collate", "robustloader.worker.fetch:MapFetcher", "fetch"),
     Target("encode: batches, and orders with indices", "robustloader.transport.codec", "dumps"),
     Target("decode the batch", "robustloader.transport.codec", "loads"),
+    Target("arena: an extent to stack into", "robustloader.transport.arena:Arena", "empty"),
+    Target("arena: place what is not there yet", "robustloader.transport.arena:Arena", "place"),
+    Target("arena: take extents back", "robustloader.transport.arena:Arena", "release"),
+    Target("arena: lease an extent", "robustloader.transport.arena:ArenaReader", "lease"),
+    Target("arena: find what was let go", "robustloader.transport.arena:ArenaReader", "take_released"),
     Target("frame out", "robustloader.transport.channel:Channel", "send"),
     Target("frame in", "robustloader.transport.channel:Channel", "receive"),
     Target("sendmsg", "socket:socket", "sendmsg"),
+    Target("send", "socket:socket", "send"),
     Target("recv_into", "socket:socket", "recv_into"),
+    Target("recvmsg", "socket:socket", "recvmsg"),
+    Target("recvmsg_into", "socket:socket", "recvmsg_into"),
 )
 
 
@@ -112,15 +121,15 @@ class Rows(Dataset[Any]):
     """Views of one tensor, and a label."""
 
     def __init__(self, batches: int, rows: int, width: int) -> None:
-        self.rows = torch.arange(1024.0 * width).reshape(1024, width)
-        self.labels = torch.arange(1024)
+        self.rows = torch.arange(float(KEPT * width)).reshape(KEPT, width)
+        self.labels = torch.arange(KEPT)
         self.length = batches * rows
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.rows[index % 1024], self.labels[index % 1024]
+        return self.rows[index % KEPT], self.labels[index % KEPT]
 
 
 class Run(NamedTuple):
@@ -155,6 +164,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=10)
     parser.add_argument("--transport", default="auto")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     # A few batches more than are counted: the last ones are loaded while nothing is left to give out.
     dataset = Rows(WARM_UP + options.batches + 8, options.rows, options.width)
 
