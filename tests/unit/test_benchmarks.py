@@ -134,6 +134,16 @@ def test_a_setting_must_cost_next_to_nothing(off: float, passed: bool) -> None:
     assert [verdict.passed for verdict in judge({"policies": measurement("", "ms", results, "all on")})] == [passed]
 
 
+def test_the_interval_is_judged_and_not_its_middle() -> None:
+    """Rounds that differ too much to tell show nothing."""
+    torn = [0.9, 0.9, 1.0, 1.1, 1.1]
+    assert paired_ratio(torn, [1.0] * 5).median == 1.0
+    assert next(judge({"io": made([1.0] * 5, torn)})).passed is False
+    for setting in (torn, [1.0, 1.0, 1.0, 1.1, 1.1], [0.9, 0.9, 1.0, 1.0, 1.0]):
+        results: dict[str, Any] = {"all on": [1.0] * 5, "all off": setting}
+        assert next(judge({"policies": measurement("", "ms", results, "all on")})).passed is False
+
+
 def test_who_cannot_do_the_work_is_not_compared_unless_it_is_this_loader() -> None:
     verdicts = {v.against: v for v in judge({"tiny": made([1.0], [9.0], spdl="ValueError: no")})}
     assert verdicts["torch"].passed is True
