@@ -89,13 +89,24 @@ def measure_memory(*, quick: bool, transport: str) -> dict[str, Any]:
     return made
 
 
-def run(names: tuple[str, ...], form: Form, *, quick: bool, transport: str) -> dict[str, Any]:
-    """Measure what is named; the result as plain JSON."""
+def run(names: tuple[str, ...], form: Form, out: Path, *, quick: bool, transport: str) -> dict[str, Any]:
+    """Measure what is named; the result as plain JSON, written after each measurement: a run that is cut short keeps
+    what it had."""
     torch.set_num_threads(1)
     raise_descriptor_limit()
-    begun, started = time.monotonic(), datetime.now(UTC)
-    about = machine.describe()
+    begun = time.monotonic()
     measurements: dict[str, Any] = {}
+    result = {
+        "schema": 1,
+        "form": "quick" if quick else "full",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "took_s": 0.0,
+        "workers": WORKERS,
+        "transport": transport,
+        **machine.describe(),
+        "measurements": measurements,
+        "verdicts": [],
+    }
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         for number, name in enumerate(names, 1):
             note(f"[{number}/{len(names)}] {name}, {time.monotonic() - begun:.0f} s so far")
@@ -104,17 +115,18 @@ def run(names: tuple[str, ...], form: Form, *, quick: bool, transport: str) -> d
             for key, made in measure(name, form, home, quick=quick, transport=transport).items():
                 measurements[key] = made
                 note(describe(key, made))
-    return {
-        "schema": 1,
-        "form": "quick" if quick else "full",
-        "started": started.isoformat(timespec="seconds"),
-        "took_s": round(time.monotonic() - begun, 1),
-        "workers": WORKERS,
-        "transport": transport,
-        **about,
-        "measurements": measurements,
-        "verdicts": [verdict.to_dict() for verdict in judge(measurements)],
-    }
+            result["took_s"] = round(time.monotonic() - begun, 1)
+            result["verdicts"] = [verdict.to_dict() for verdict in judge(measurements)]
+            write(result, out)
+    return result
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """Replace the result file as a whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(out)
 
 
 def raise_descriptor_limit() -> None:
@@ -158,9 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         form = Form(**{**vars(form), "rounds": options.rounds, "fine_rounds": options.rounds})
     with warnings.catch_warnings():
         silence_peers()
-        result = run(names, form, quick=options.quick, transport=options.transport)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = run(names, form, options.out, quick=options.quick, transport=options.transport)
     verdicts = list(judge(result["measurements"]))
     print("\n".join(map(str, verdicts)))
     short = sum(verdict.passed is False for verdict in verdicts)

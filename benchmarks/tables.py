@@ -44,6 +44,12 @@ def insert(page: str, text: str) -> str:
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     measurements, machine, versions = result["measurements"], result["machine"], result["versions"]
     commit = result["commit"]
+    yield "![Time a batch takes in other loaders, as a multiple of this one's](images/benchmarks-ratios.svg)"
+    yield ""
+    yield "![Milliseconds a batch, with the limit](images/benchmarks-times.svg)"
+    yield ""
+    yield "Every number comes from [the result file](../benchmarks/results/full.json), which also holds each single round."
+    yield ""
     yield (
         f"{machine['cpu']}, {machine['usable_cores']} cores, {machine['memory_gib']:g} GiB, Linux {machine['kernel']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)

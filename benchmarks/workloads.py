@@ -266,7 +266,7 @@ WORKLOADS = {
             batch_size=1000,
             dataset=Many,
             collate=as_list,
-            check_batches=2,
+            check_batches=1,
         ),
         Workload(name="numpy", what="NumPy arrays, 9.6 MB", batch_size=64, dataset=arrays, collate=stack_arrays),
         Workload(name="text", what="lists of 256 documents and titles", batch_size=256, dataset=Text),
