@@ -48,7 +48,7 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "![Milliseconds a batch, with the limit](images/benchmarks-times.svg)"
     yield ""
-    yield "Every number comes from [the result file](../benchmarks/results/full.json), which also holds each single round."
+    yield "All numbers: [the result file](../benchmarks/results/full.json), each single round included."
     yield ""
     yield (
         f"{machine['cpu']}, {machine['usable_cores']} cores, {machine['memory_gib']:g} GiB, Linux {machine['kernel']}; "
