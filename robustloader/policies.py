@@ -234,11 +234,14 @@ class TelemetryPolicy:
         sinks: objects with a ``receive(event)`` method; see :class:`~robustloader.Sink`.
         log_epochs: whether each epoch ends with one line at level INFO in ``logging.getLogger("robustloader")``.
         history: how many epoch summaries are kept, a whole number.
+        progress_s: seconds between two :class:`~robustloader.EpochProgressed` of a running epoch, which sinks get (no
+            sinks, no events); more often than that nobody looks at a dashboard. None sends none.
     """
 
     sinks: tuple[Sink, ...] = ()
     log_epochs: bool = True
     history: int = 128
+    progress_s: float | None = 5.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.sinks, tuple):
@@ -248,6 +251,7 @@ class TelemetryPolicy:
                 raise OptionError("sinks", self.sinks, "a tuple of objects with a receive(event) method")
         check_bool("log_epochs", self.log_epochs)
         check_number("history", self.history, low=1, whole=True)
+        check_number("progress_s", self.progress_s, above=True, optional=True)
 
 
 def _describe(strategy: Any) -> str:

@@ -2,17 +2,25 @@
 
 Pure rules over plain numbers. The verdict and the advice look at the loop after its first batch: the first wait holds
 the start of the worker processes, which says nothing about how fast they load.
+
+*Sources*: the verdict reads the share of time that the consumer waits, as grain's ``ExecutionSummary`` does
+(``wait_time_ratio``, https://github.com/google/grain, ``grain/proto/execution_summary.proto``). How busy the producers
+are tells a steady shortage from bursts: SPDL reads it off the time that they are blocked in ``put`` and the time that
+the consumer is blocked in ``get`` (``QueuePerfStats``, ``ave_put_time`` and ``ave_get_time``,
+https://facebookresearch.github.io/spdl/latest/optimization_guide/stats.html). The number of batches that lie ready, its
+``occupancy_rate``, is told but not judged by: batches come in order, and while one is waited for, later ones pile up
+although every worker is busy. The thresholds are argued below, each at its place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-__all__ = ["Facts", "Verdict", "WorkerPace", "advise", "judge"]
+__all__ = ["Facts", "Verdict", "WorkerPace", "advise", "find_stragglers", "judge"]
 
 Verdict = Literal["input-bound", "compute-bound", "balanced", "warm-up"]
 
@@ -132,6 +140,26 @@ def advise(facts: Facts) -> str:
     return _on_straggler(facts) or _on_balanced(facts)
 
 
+def find_stragglers(pace: Sequence[WorkerPace]) -> tuple[int, ...]:
+    """The workers whose mean time per task is at least twice the median of the others', in the order of their ids.
+
+    Workers with fewer than ten tasks are left out: a few expensive samples make no straggler.
+    """
+    means = _means(pace)
+    if len(means) < 2:
+        return ()
+    return tuple(worker for worker in sorted(means) if means[worker] >= STRAGGLER * _usual(means, worker) > 0)
+
+
+def _means(pace: Sequence[WorkerPace]) -> dict[int, float]:
+    return {worker.worker_id: worker.busy_s / worker.tasks for worker in pace if worker.tasks >= STRAGGLER_TASKS}
+
+
+def _usual(means: Mapping[int, float], but: int) -> float:
+    """The median of the other workers' means."""
+    return median(mean for worker, mean in means.items() if worker != but)
+
+
 def _on_trouble(facts: Facts) -> str:
     """What went wrong comes before what went slowly."""
     share = _share(facts.faults, facts.samples + facts.faults)
@@ -182,11 +210,11 @@ def _on_input_bound(facts: Facts) -> str:
 
 def _on_straggler(facts: Facts) -> str:
     """Batches come in order, so that one slow worker holds up the others."""
-    means = {w.worker_id: w.busy_s / w.tasks for w in facts.pace if w.tasks >= STRAGGLER_TASKS}
+    means = _means(facts.pace)
     if len(means) < 2:
         return ""
     slowest = max(means, key=lambda worker: means[worker])
-    usual = median(mean for worker, mean in means.items() if worker != slowest)
+    usual = _usual(means, slowest)
     if usual <= 0 or means[slowest] < STRAGGLER * usual:
         return ""
     return (

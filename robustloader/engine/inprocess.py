@@ -86,7 +86,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._close_recording(complete=True)
             raise
         now = time.monotonic_ns()
-        self._recording.waited(now - begun, 0)
+        self._recording.waited(now - begun, 0, now)
         self._returned_ns = time.monotonic_ns()
         return batch
 
@@ -126,7 +126,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._raise(outcome)
         assert isinstance(outcome, Loaded)
         report = outcome.report or Report()
-        self._recording.worker_task(None, outcome.samples, load_ns, 0)
+        self._recording.worker_task(None, outcome.samples, load_ns, 0, task, None, begun)
         batch = outcome.batch
         self._recording.delivered(outcome.samples, batch_nbytes(batch))
         self.batch_info = BatchInfo(

@@ -354,13 +354,14 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif not self.closed and begun - self._looked_ns > _LOOK_EVERY_NS and self._has_ready():
             self._looked_ns = begun
             self._turn(0.0)
+        ready = books.ledger.ready
         heard_ns = begun
         while True:
             if books.error is not None:
                 self._raise_error()
             task = books.ledger.deliverable()
             if task is not None and task.result.pinned:
-                return self._deliver(task, begun)
+                return self._deliver(task, begun, ready)
             if not len(books.ledger) and not self._wake_orphan():
                 self._finish()
                 raise StopIteration
@@ -377,9 +378,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         task = self._books.ledger.deliverable()
         return task is not None and bool(task.result.pinned)
 
-    def _deliver(self, task: Task, begun: int) -> Any:
+    def _deliver(self, task: Task, begun: int, ready: int) -> Any:
         books, result = self._books, task.result
-        ready = books.ledger.ready
         books.ledger.deliver(task)
         books.spares.close(task.id)
         if self._put_ahead:
@@ -394,8 +394,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         now = self._returned_ns = time.monotonic_ns()
         if error is not None:
             raise error
-        books.recording.waited(now - begun, ready)
         books.recording.delivered(result.samples, result.nbytes)
+        books.recording.waited(now - begun, ready, now)
         return batch
 
     def _finish(self) -> None:
@@ -568,7 +568,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         slot.batches += 1
         if message.trouble:
             self._note_degraded(worker.worker_id, message.trouble)
-        self._books.recording.worker_task(worker.worker_id, message.samples, message.load_ns, message.rss_bytes)
+        self._books.recording.worker_task(
+            worker.worker_id, message.samples, message.load_ns, message.rss_bytes, task.id, worker.pid, message.begun_ns
+        )
         result = Result(
             batch=batch,
             samples=message.samples,
@@ -740,7 +742,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if slot is not None:
                 slot.batches += 1
                 desk.budget.fetched(outcome.samples)
-            books.recording.worker_task(None, outcome.samples, load_ns, 0)
+            books.recording.worker_task(None, outcome.samples, load_ns, 0, task.id, None, begun)
             nbytes = batch_nbytes(outcome.batch)
             result = Result(outcome.batch, None, outcome.samples, nbytes, load_ns, None, outcome.report)
             books.arrive(task, result)

@@ -15,6 +15,7 @@ _WIDTH = 100
 _LABEL = 11
 _WORKER_ROWS = 8
 _ADVICE_LINES = 4
+_NAMED_STRAGGLERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class WorkerSummary:
         load_p95_s: 95th percentile of the time to load one batch, in seconds (within 3.2 %).
         peak_rss_bytes: most resident memory seen between two tasks, in bytes; 0 where it was not measured.
         restarts: how often a new process took its place after a death.
+        busy_fraction: busy_s as a share (0 to 1) of the epoch's duration.
+        straggler: whether it takes at least twice as long per batch as the median of the others (ten batches or more).
     """
 
     worker_id: int | None
@@ -38,6 +41,8 @@ class WorkerSummary:
     load_p95_s: float
     peak_rss_bytes: int
     restarts: int
+    busy_fraction: float = 0.0
+    straggler: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,7 @@ class EpochSummary:
             "compute-bound" (2 % or less), "balanced" (between) or "warm-up" (fewer than 10 batches: too few to tell).
         advice: the one thing worth doing, as a sentence.
         first_wait_s: seconds the loop waited for its first batch, which holds the start of the workers.
+        peak_trainer_bytes: most resident memory of the training process since it began, in bytes.
     """
 
     epoch: int
@@ -175,6 +181,12 @@ class EpochSummary:
     verdict: Verdict
     advice: str
     first_wait_s: float = 0.0
+    peak_trainer_bytes: int = 0
+
+    @property
+    def stragglers(self) -> tuple[int, ...]:
+        """The workers that take at least twice as long per batch as the median of the others."""
+        return tuple(worker.worker_id for worker in self.workers if worker.straggler and worker.worker_id is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as a plain, JSON-able dict; ``workers`` is a list of dicts."""
@@ -250,8 +262,17 @@ def _workers(summary: EpochSummary) -> list[str]:
         if requested == left
         else _line("workers", f"{requested} at the start, {left} at the end")
     ]
-    if summary.peak_worker_bytes:
-        lines[0] += f"   peak {_bytes(summary.peak_worker_bytes)}"
+    if summary.peak_worker_bytes or summary.peak_trainer_bytes:
+        lines.append(
+            _line(
+                "memory",
+                *([f"{_bytes(summary.peak_worker_bytes)} the largest worker"] if summary.peak_worker_bytes else []),
+                *([f"{_bytes(summary.peak_trainer_bytes)} the training process"] if summary.peak_trainer_bytes else []),
+            )
+        )
+    if summary.stragglers:
+        named, others = summary.stragglers[:_NAMED_STRAGGLERS], summary.stragglers[_NAMED_STRAGGLERS:]
+        lines[0] += f"   stragglers {', '.join(map(str, named))}{f' and {len(others)} more' if others else ''}"
     shown: Sequence[WorkerSummary] = summary.workers
     folded: Sequence[WorkerSummary] = ()
     if not shown:
@@ -266,7 +287,7 @@ def _workers(summary: EpochSummary) -> list[str]:
             (
                 _count(worker.tasks),
                 _count(worker.samples),
-                _seconds(worker.busy_s),
+                _percent(worker.busy_fraction),
                 _seconds(worker.load_p95_s),
                 _bytes(worker.peak_rss_bytes) if worker.peak_rss_bytes else "-",
                 _count(worker.restarts) if worker.restarts else "-",

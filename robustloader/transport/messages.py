@@ -151,7 +151,8 @@ class Fetched(NamedTuple):
     """A batch; it follows in the same frame. ``samples`` counts what is in it.
 
     ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). ``trouble`` says
-    why the batch did not go through the arena, where it should have.
+    why the batch did not go through the arena, where it should have. It began to load at ``begun_ns`` on the monotonic
+    clock, and took ``load_ns``.
     """
 
     run: int
@@ -162,6 +163,7 @@ class Fetched(NamedTuple):
     report: Report | None = None
     calls: int = 0
     trouble: str = ""
+    begun_ns: int = 0
 
 
 class Unfilled(NamedTuple):
