@@ -18,8 +18,10 @@ from robustloader.errors import (
     WorkerStartError,
 )
 from robustloader.events import (
+    BatchDelivered,
     BatchInfo,
     EpochFinished,
+    EpochProgressed,
     Event,
     FaultRecord,
     MemoryLow,
@@ -29,6 +31,7 @@ from robustloader.events import (
     SampleReplaced,
     ShardEnded,
     Sink,
+    TaskLoaded,
     TaskReplayed,
     TransportDegraded,
     WorkerCrashed,
@@ -38,24 +41,39 @@ from robustloader.events import (
 )
 from robustloader.loader import RobustDataLoader
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Retry, TelemetryPolicy
-from robustloader.telemetry import EpochSummary, FaultLog, Statistics
+from robustloader.telemetry import (
+    ChromeTraceSink,
+    EpochSummary,
+    FaultLog,
+    JsonlSink,
+    OpenTelemetrySink,
+    PrometheusSink,
+    Statistics,
+    TensorBoardSink,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchDelivered",
     "BatchInfo",
+    "ChromeTraceSink",
     "EpochFinished",
+    "EpochProgressed",
     "EpochSummary",
     "Event",
     "FaultBudgetError",
     "FaultLog",
     "FaultPolicy",
     "FaultRecord",
+    "JsonlSink",
     "MemoryLow",
     "MemoryPolicy",
+    "OpenTelemetrySink",
     "OptionError",
     "PoolHealed",
     "PoolShrunk",
+    "PrometheusSink",
     "RecoveryPolicy",
     "ResourceError",
     "RestartBudgetError",
@@ -70,8 +88,10 @@ __all__ = [
     "Sink",
     "StateError",
     "Statistics",
+    "TaskLoaded",
     "TaskReplayed",
     "TelemetryPolicy",
+    "TensorBoardSink",
     "TransportDegraded",
     "WorkerCrashError",
     "WorkerCrashed",

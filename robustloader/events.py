@@ -343,7 +343,4 @@ class Sink(Protocol):
 def _shallow(record: Any) -> dict[str, Any]:
     """A record's fields by name, with records among its values turned into dicts too."""
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {
-        name: _shallow(value) if isinstance(value, FaultRecord) else value
-        for name, value in values.items()
-    }
+    return {name: _shallow(value) if isinstance(value, FaultRecord) else value for name, value in values.items()}
