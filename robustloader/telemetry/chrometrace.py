@@ -138,10 +138,7 @@ class ChromeTraceSink(ConfiguredSink):
     def _task(self, event: TaskLoaded, here: int) -> None:
         tid = here
         if event.pid is not None and event.worker_id is not None:
-            tid = event.pid
-            again = tid not in self._named and event.worker_id in self._tids
-            self._name(tid, f"worker {event.worker_id}" + (", restarted" if again else ""), event.worker_id)
-            self._tids[event.worker_id] = tid
+            tid = self._track(event.worker_id, event.pid)
         facts = {"task": event.task, "epoch": event.epoch, "samples": event.samples}
         self._slice(f"task {event.task}", "task", tid, event.begin_ns, event.end_ns, facts)
 
@@ -168,7 +165,11 @@ class ChromeTraceSink(ConfiguredSink):
             worker_id = None
         fields.pop("event", None)
         fields.pop("stack", None)
-        tid = self._tids.get(worker_id, here) if worker_id is not None else here
+        pid = getattr(event, "pid", None)
+        if worker_id is not None and pid is not None:
+            tid = self._track(worker_id, pid)
+        else:
+            tid = here if worker_id is None else self._tids.get(worker_id, here)
         self._name(tid, "loop", -1)
         self._instant(type(event).__name__, tid, as_json(fields))
 
@@ -194,6 +195,14 @@ class ChromeTraceSink(ConfiguredSink):
             self._named.add(tid)
             self._add({"ph": "M", "name": "thread_name", "tid": tid, "args": {"name": name}})
             self._add({"ph": "M", "name": "thread_sort_index", "tid": tid, "args": {"sort_index": place}})
+
+    def _track(self, worker_id: int, pid: int) -> int:
+        """The track of a worker process."""
+        again = worker_id in self._tids
+        if pid not in self._named:
+            self._name(pid, f"worker {worker_id}" + (", restarted" if again else ""), worker_id)
+        self._tids[worker_id] = pid
+        return pid
 
     def _slice(self, name: str, category: str, tid: int, begin_ns: int, end_ns: int, facts: dict[str, Any]) -> None:
         duration_us = max(0, end_ns - begin_ns) / 1e3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustloader.decisions.advice import Facts, WorkerPace, advise, judge
+from robustloader.decisions.advice import Facts, WorkerPace, advise, find_stragglers, judge
 
 
 def pace(*busy_s: float, tasks: int = 25) -> tuple[WorkerPace, ...]:
@@ -144,3 +144,28 @@ def test_any_numbers_give_one_line(facts: Facts) -> None:
     assert "\n" not in advice
     assert 0.0 <= facts.wait_fraction <= 1.0
     assert 0.0 <= facts.busy_fraction <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "tasks", "stragglers"),
+    [
+        ((), 25, ()),
+        ((9,), 25, ()),
+        ((8, 8, 8, 8), 25, ()),
+        ((8, 15.9, 8, 8), 25, ()),
+        ((8, 16, 8, 8), 25, (1,)),
+        ((20, 8, 8, 20, 8), 25, (0, 3)),
+        ((1, 2), 25, (1,)),
+        ((0, 0, 0), 25, ()),
+        ((8, 80, 8, 8), 9, ()),
+    ],
+)
+def test_stragglers_take_twice_as_long_as_the_others_median(
+    busy_s: tuple[float, ...], tasks: int, stragglers: tuple[int, ...]
+) -> None:
+    assert find_stragglers(pace(*busy_s, tasks=tasks)) == stragglers
+
+
+def test_a_workers_share_of_the_tasks_makes_no_straggler() -> None:
+    """It is the time per batch that counts."""
+    assert find_stragglers([WorkerPace(worker_id=0, tasks=100, busy_s=40), *pace(0, 8, 8)[1:]]) == ()
