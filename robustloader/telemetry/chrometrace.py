@@ -86,8 +86,10 @@ class ChromeTraceSink(ConfiguredSink):
 
     def receive(self, event: Event) -> None:
         """Draw one event."""
-        if os.getpid() != self._pid:  # a forked copy: the trace is the original's
-            return
+        if os.getpid() != self._pid:
+            if self._writer is not None or self._closed:  # a forked copy: the trace is the original's
+                return
+            self.renew()
         with self._lock:
             if not self._closed:
                 self._receive(event)

@@ -62,15 +62,6 @@ class JsonlSink(ConfiguredSink):
         OptionError: the folder does not exist, the file is something else, or an option is out of range.
     """
 
-    _pid: int
-    _lock: threading.Lock
-    _fd: int | None
-    _size: int
-    _lost: int
-    _retry_at_s: float
-    _warned: bool
-    _closed: bool
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -91,7 +82,12 @@ class JsonlSink(ConfiguredSink):
             raise OptionError("path", self.path, "a file in a folder that exists; make the folder first")
         self._check_content()
         self._host = socket.gethostname()
-        self._forget()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._size = self._lost = 0
+        self._retry_at_s = 0.0
+        self._warned = self._closed = False
 
     def receive(self, event: Event) -> None:
         """Append one event."""
@@ -99,7 +95,9 @@ class JsonlSink(ConfiguredSink):
             # A forked copy of the training process: a descriptor and a lock of its own, neither held by a thread that
             # exists only in the original.
             self._close_fd()
-            self._forget()
+            if self._closed:
+                return
+            self.renew()
         with self._lock:
             if self._closed:
                 return
@@ -135,17 +133,6 @@ class JsonlSink(ConfiguredSink):
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self._close_fd()
-
-    def _forget(self) -> None:
-        """The state of a sink that has not opened its file yet."""
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._fd = None
-        self._size = 0
-        self._lost = 0
-        self._retry_at_s = 0.0
-        self._warned = False
-        self._closed = False
 
     def _line(self, event: Event) -> bytes:
         fields = {"worker_pid" if name == "pid" else name: value for name, value in event.to_dict().items()}

@@ -38,6 +38,12 @@ class ConfiguredSink:
         kept = {name: value for name, value in self._options.items() if name not in self.LIVE}
         return functools.partial(type(self), **kept), ()
 
+    def renew(self) -> None:
+        """Begin again from the options: in a forked process, what threads and locks were at work is of no use, and the
+        environment may say another rank. Worker processes hear of no events, so it is a trainer that comes here.
+        """
+        type(self).__init__(self, **self._options)
+
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self
 

@@ -29,7 +29,8 @@ from robustloader.telemetry.labels import ConfiguredSink, fill_in, require, reso
 __all__ = ["PrometheusSink"]
 
 _lock = threading.Lock()
-_own_registry: list[Any] = []
+# By process id: a forked process begins with metrics of its own.
+_registries: dict[int, Any] = {}
 _metrics: weakref.WeakKeyDictionary[Any, _Metrics] = weakref.WeakKeyDictionary()
 _servers: dict[tuple[str, int], _Server] = {}
 
@@ -140,8 +141,10 @@ class PrometheusSink(ConfiguredSink):
 
     def receive(self, event: Event) -> None:
         """Count one event."""
-        if self._closed or os.getpid() != self._pid:
+        if self._closed:
             return
+        if os.getpid() != self._pid:
+            self.renew()
         self.start()
         self._count(event)
         if self.textfile is not None and isinstance(event, (EpochProgressed, EpochFinished)):
@@ -240,9 +243,7 @@ def _shared_registry() -> Any:
     import prometheus_client
 
     with _lock:
-        if not _own_registry:
-            _own_registry.append(prometheus_client.CollectorRegistry())
-        return _own_registry[0]
+        return _registries.setdefault(os.getpid(), prometheus_client.CollectorRegistry())
 
 
 def _metrics_of(registry: Any, names: tuple[str, ...]) -> _Metrics:

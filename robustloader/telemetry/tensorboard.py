@@ -94,8 +94,12 @@ class TensorBoardSink(ConfiguredSink):
 
     def receive(self, event: Event) -> None:
         """Write what an event says."""
-        if self._closed or os.getpid() != self._pid:  # a forked copy lacks the writer's thread
+        if self._closed:
             return
+        if os.getpid() != self._pid:
+            if not self._owned:  # a forked copy of the user's writer lacks its thread, and would block for ever
+                return
+            self.renew()
         if isinstance(event, EpochProgressed):
             self._progress(event)
         elif isinstance(event, EpochFinished):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 import socket
@@ -159,6 +161,27 @@ def test_a_textfile_for_the_node_exporter(tmp_path: Path, registry: Any, monkeyp
     read = samples((tmp_path / "robustloader-1.prom").read_text())
     assert read["robustloader_batches_total", "1"] == BATCHES
     assert read["robustloader_worker_tasks_total", "1", "main"] == BATCHES
+
+
+def test_ranks_that_are_forked(tmp_path: Path) -> None:
+    """A sink made before the fork serves each of them, under its own rank."""
+    sink = PrometheusSink(textfile=tmp_path / "{rank}.prom", labels={"loader": "train"})
+
+    def train(rank: int) -> None:
+        os.environ["RANK"] = str(rank)
+        totals = Statistics(batches=rank).to_dict()
+        sink.receive(EpochProgressed(statistics=totals, ready=0, workers=[]))
+
+    ranks = [multiprocessing.get_context("fork").Process(target=train, args=(rank,)) for rank in (1, 2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+        rank.close()
+    for number in (1, 2):
+        read = samples((tmp_path / f"{number}.prom").read_text())
+        assert read["robustloader_batches_total", "train", str(number)] == number
 
 
 def test_counters_only_go_up(registry: Any) -> None:
