@@ -163,8 +163,9 @@ def test_a_textfile_for_the_node_exporter(tmp_path: Path, registry: Any, monkeyp
     assert read["robustloader_worker_tasks_total", "1", "main"] == BATCHES
 
 
-def test_ranks_that_are_forked(tmp_path: Path) -> None:
+def test_ranks_that_are_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sink made before the fork serves each of them, under its own rank."""
+    monkeypatch.setattr("robustloader.telemetry.prometheus._registries", {})
     sink = PrometheusSink(textfile=tmp_path / "{rank}.prom", labels={"loader": "train"})
 
     def train(rank: int) -> None:
@@ -241,8 +242,9 @@ def test_a_mistake_is_seen_at_once(options: dict[str, Any], registry: Any) -> No
         PrometheusSink(registry=registry, **options)
 
 
-def test_it_travels_with_its_loader(registry: Any) -> None:
+def test_it_travels_with_its_loader(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry stays where it is."""
+    monkeypatch.setattr("robustloader.telemetry.prometheus._registries", {})
     sink = PrometheusSink(registry=registry, labels={"a": "b"})
     assert copy.deepcopy(sink) is sink
     twin = pickle.loads(pickle.dumps(sink))
