@@ -82,6 +82,16 @@ def test_an_epoch_without_any_time_is_judged() -> None:
             id="nothing-but-waiting",
         ),
         pytest.param(replace(INPUT, pace=pace(3, 3, 3, 3)), "busy only 30 % of the time", id="bursts"),
+        pytest.param(
+            replace(INPUT, batches=10**5, pace=pace(0.01, 0.01, 0.01, 0.01)),
+            "loads in 400 µs, faster than a worker hands it over: try num_workers=0, or larger",
+            id="tiny-batches",
+        ),
+        pytest.param(
+            replace(INPUT, batches=50_000, workers_requested=0, workers_at_end=0, pace=()),
+            "loads in 100 µs, faster than a worker hands it over: larger batches",
+            id="tiny-batches-in-process",
+        ),
         pytest.param(replace(INPUT, pace=pace(3, 9, 3, 3)), "Worker 1 takes 3x as long", id="straggler"),
         pytest.param(replace(BALANCED, pace=pace(9, 2, 2)), "Worker 0 takes 4.5x", id="balanced-straggler"),
         pytest.param(replace(INPUT, pace=pace(8, 9, 8, 8, tasks=3)), "cannot keep up", id="too-few-tasks-to-blame"),
