@@ -13,7 +13,9 @@ from robustloader.events import (
     PoolHealed,
     PoolShrunk,
     SampleFaulted,
+    ShardEnded,
     TaskReplayed,
+    TransportDegraded,
     WorkerCrashed,
     WorkerHung,
     WorkerRecycled,
@@ -41,6 +43,8 @@ _COUNTERS = {
     "restarts": ("robustloader.worker.restarts", "{worker}", "Processes started in a dead worker's place."),
     "recycled": ("robustloader.worker.recycles", "{worker}", "Workers replaced because of their memory."),
     "replayed": ("robustloader.tasks.replayed", "{task}", "Batches given out again after a death."),
+    "shards": ("robustloader.shards.ended", "{shard}", "Shares of a stream that ended before their time."),
+    "degraded": ("robustloader.transport.degraded", "{worker}", "Workers and epochs that went round the arena."),
     "memory_low": ("robustloader.memory.low", "{time}", "Times that less memory was free than should be."),
 }
 _GAUGES = {
@@ -111,6 +115,10 @@ class OpenTelemetrySink(ConfiguredSink):
                 self._add("replayed", 1)
             case MemoryLow():
                 self._add("memory_low", 1)
+            case ShardEnded():
+                self._add("shards", 1)
+            case TransportDegraded():
+                self._add("degraded", 1)
             case PoolShrunk(workers=workers) | PoolHealed(workers=workers):
                 self._set("workers", workers)
             case _:

@@ -17,7 +17,9 @@ from robustloader.events import (
     PoolHealed,
     PoolShrunk,
     SampleFaulted,
+    ShardEnded,
     TaskReplayed,
+    TransportDegraded,
     WorkerCrashed,
     WorkerHung,
     WorkerRecycled,
@@ -49,6 +51,8 @@ _COUNTERS = {
     "restarts": ("worker_restarts", "Processes started in a dead worker's place.", ()),
     "recycled": ("worker_recycles", "Workers replaced because they held too much memory.", ()),
     "replayed": ("replayed_tasks", "Batches given out again after a death.", ()),
+    "shards": ("shards_ended", "Shares of an iterable dataset that ended before their time.", ()),
+    "degraded": ("transport_degraded", "Workers and epochs whose batches went round the arena.", ()),
     "memory_low": ("memory_low", "Times that less memory was free than should be.", ()),
 }
 _GAUGES = {
@@ -184,6 +188,10 @@ class PrometheusSink(ConfiguredSink):
                 self._add("replayed", 1)
             case MemoryLow():
                 self._add("memory_low", 1)
+            case ShardEnded():
+                self._add("shards", 1)
+            case TransportDegraded():
+                self._add("degraded", 1)
             case PoolShrunk(workers=workers) | PoolHealed(workers=workers):
                 self._set("workers", workers)
             case _:

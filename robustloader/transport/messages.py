@@ -150,14 +150,9 @@ class Report(NamedTuple):
 class Fetched(NamedTuple):
     """A batch; it follows in the same frame. ``samples`` counts what is in it.
 
-<<<<<<< HEAD
     ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). ``trouble`` says
     why the batch did not go through the arena, where it should have. It began to load at ``begun_ns`` on the monotonic
     clock, and took ``load_ns``.
-=======
-    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). It began at
-    ``begun_ns`` on the monotonic clock, and took ``load_ns``.
->>>>>>> 0232782 (Sinks: JSON lines, Prometheus, TensorBoard, OpenTelemetry, Chrome trace)
     """
 
     run: int

@@ -252,9 +252,7 @@ class _Worker:
             self.beacon.finish()
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             calls = self.fetcher.calls
-            reply = Fetched(
-                order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls, trouble, begun
-            )
+            reply = Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls, trouble, begun)
             self.channel.send(reply, parcel, arena_fd=fd)
             if fd is not None:
                 os.close(fd)
