@@ -145,8 +145,8 @@ class MapFetcher:
                 data = values
                 if beacon:
                     beacon.enter(ITEM, run=order.run, task=order.task, position=0)
-                    indices = beacon.follow(indices)
-                for index in indices:
+                # Not under the name of ``indices``, which are counted below.
+                for index in beacon.follow(indices) if beacon else indices:
                     values.append(dataset[index])
             stage = COLLATE
             if beacon:
