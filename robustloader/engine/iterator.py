@@ -354,7 +354,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif not self.closed and begun - self._looked_ns > _LOOK_EVERY_NS and self._has_ready():
             self._looked_ns = begun
             self._turn(0.0)
-        ready = books.ledger.ready
+        ready, first = books.ledger.ready, True
         heard_ns = begun
         while True:
             if books.error is not None:
@@ -367,7 +367,11 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 raise StopIteration
             if self.closed:
                 raise RuntimeError("this iterator was closed; make a new one")
-            if self._turn():
+            heard = self._turn()
+            if first and not self._pool.blocked:  # what lay in the sockets lay ready as well
+                ready = books.ledger.ready
+            first = False
+            if heard:
                 heard_ns = time.monotonic_ns()
             elif strict_s and time.monotonic_ns() - heard_ns > strict_s * 1e9:
                 raise RuntimeError(f"DataLoader timed out after {self.timeout_s} seconds")

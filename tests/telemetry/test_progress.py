@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from robustloader import (
     TaskLoaded,
     TelemetryPolicy,
 )
-from robustloader.engine.pool import Pool
 from robustloader.telemetry import EpochRecording, Recorder
 from tests.support.datasets import Numbers
 from tests.support.listener import Listener
@@ -151,14 +151,14 @@ def test_a_real_epoch(workers: int) -> None:
 
 def test_ready_is_what_lay_ready_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that comes while the loop waits for it did not lie ready: the gate opens only once it waits."""
-    wait = Pool.wait
+    select = selectors.DefaultSelector.select
 
-    def open_then_wait(pool: Pool, timeout_s: float) -> Any:
-        if timeout_s > 0:
+    def open_then_wait(selector: Any, timeout_s: float | None = None) -> Any:
+        if timeout_s != 0:
             gate.open()
-        return wait(pool, timeout_s)
+        return select(selector, timeout_s)
 
-    monkeypatch.setattr(Pool, "wait", open_then_wait)
+    monkeypatch.setattr(selectors.DefaultSelector, "select", open_then_wait)
     listener = TaskListener()
     with Gate(tmp_path / "gate") as gate:
         loader: RobustDataLoader[int] = RobustDataLoader(
