@@ -21,6 +21,13 @@
   const remember = (value) => { try { localStorage.setItem("robustloader-theme", value); } catch { /* not kept */ } };
   const remembered = () => { try { return localStorage.getItem("robustloader-theme"); } catch { return null; } };
 
+  // Times are UTC, as in the tables; where ticks are days apart, the day is enough.
+  const ticks = (_, times, __, ___, step) => times.map((t, i) => {
+    const [day, hour] = [new Date(t * 1e3).toISOString().slice(0, 10), new Date(t * 1e3).toISOString().slice(11, step < 60 ? 19 : 16)];
+    const newDay = !i || new Date(times[i - 1] * 1e3).toISOString().slice(0, 10) !== day;
+    return step >= 86400 ? day : newDay ? hour + "\n" + day : hour;
+  });
+
   const axis = (extra) => ({
     stroke: colour("quiet"), grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false },
     font: "12px system-ui, sans-serif", ...extra,
@@ -31,27 +38,27 @@
     padding: [10, 10, 0, 0],
     cursor: { sync: { key: "run" }, points: { size: 6 }, drag: { x: true, y: false }, y: false },
     legend: { show: true, live: true },
-    axes: [axis({ space: narrow() ? 64 : 90 }), axis({ size: narrow() ? 46 : 62, values: (_, values) => values.map((v) => v.toLocaleString("en")), ...extra.yAxis })],
+    axes: [axis({ space: narrow() ? 76 : 100, values: ticks }), axis({ size: narrow() ? 46 : 62, values: (_, values) => values.map((v) => v.toLocaleString("en")), ...extra.yAxis })],
     scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.08 : 1], ...extra.yScale } },
     hooks: {
       ...extra.hooks,
       setScale: [(chart, key) => {
-        if (key !== "x") return;
-        const { min, max } = chart.scales.x;
-        if (zoom && (zoom.min !== min || zoom.max !== max) && !zoom.quiet) return follow(min, max);
-        if (!zoom && chart.ready) follow(min, max);
+        if (key === "x" && chart.ready && !following) follow(chart.scales.x.min, chart.scales.x.max);
       }],
       ready: [(chart) => { chart.ready = true; }],
     },
   });
 
   // One zoom for all charts.
+  let following = false;
   const follow = (min, max) => {
-    zoom = { min, max, quiet: true };
-    for (const chart of charts) if (chart.scales.x.min !== min || chart.scales.x.max !== max) chart.setScale("x", { min, max });
-    zoom.quiet = false;
     const times = data.ranks[chosen].end;
-    whole.hidden = min <= times[0] && max >= times[times.length - 1];
+    zoom = min <= times[0] && max >= times[times.length - 1] ? null : { min, max };
+    following = true;
+    for (const chart of charts) if (chart.scales.x.min !== min || chart.scales.x.max !== max) chart.setScale("x", { min, max });
+    // uPlot applies a scale in a microtask; only what the reader does after that is another zoom.
+    setTimeout(() => { following = false; });
+    whole.hidden = zoom === null;
   };
 
   const time = { label: "Time", value: (_, t) => (t == null ? "–" : clock(t)) };
@@ -78,7 +85,7 @@
     pool(host, rank) {
       const columns = [rank.end, rank.pool];
       const series = [time, line("Workers", "step", "", { paths: uPlot.paths.stepped({ align: -1 }), fill: alpha("step", 12), ...lonely(columns) })];
-      return new uPlot(options(host, 150, series, { yAxis: { incrs: [1, 2, 5, 10, 20, 50, 100] } }), columns, host);
+      return new uPlot(options(host, 150, series, { yAxis: { incrs: [1, 2, 4, 5, 10, 20, 50, 100], space: 22 } }), columns, host);
     },
     memory(host, rank) {
       if (rank.memory.every((v) => v == null)) return null;
@@ -107,15 +114,16 @@
             ctx.fillRect(left, top + 2 * pixel, Math.max(1, right - left), tall - 4 * pixel);
           });
         });
+        // A death is a diamond; the ring of the new process goes around it, since the two are often one moment.
         for (const mark of rank.marks) {
           if (!lane.has(mark.lane)) continue;
-          const x = chart.valToPos(mark.t, "x", true), top = bbox.top + lane.get(mark.lane) * tall, back = mark.what === "WorkerRestarted" || mark.what === "WorkerRecycled";
-          const size = Math.min(5 * pixel, tall / 3), y = top + tall / 2;
-          ctx.fillStyle = back ? colour("card") : colour("bad"); ctx.strokeStyle = back ? colour("good") : colour("card"); ctx.lineWidth = 1.5 * pixel;
+          const back = mark.what === "WorkerRestarted" || mark.what === "WorkerRecycled", size = Math.min(5.5 * pixel, tall / 4);
+          const x = chart.valToPos(mark.t, "x", true), y = bbox.top + (lane.get(mark.lane) + 0.5) * tall;
+          ctx.fillStyle = colour("bad"); ctx.strokeStyle = back ? colour("ink") : colour("card"); ctx.lineWidth = 1.75 * pixel;
           ctx.beginPath();
-          if (back) ctx.arc(x, y, size * 0.7, 0, 7);
-          else { ctx.moveTo(x, y - size); ctx.lineTo(x + size, y); ctx.lineTo(x, y + size); ctx.lineTo(x - size, y); ctx.closePath(); }
-          ctx.fill(); ctx.stroke();
+          if (back) ctx.arc(x, y, size * 1.6, 0, 7);
+          else { ctx.moveTo(x, y - size); ctx.lineTo(x + size, y); ctx.lineTo(x, y + size); ctx.lineTo(x - size, y); ctx.closePath(); ctx.fill(); }
+          ctx.stroke();
         }
         ctx.restore();
       };
@@ -133,16 +141,16 @@
       };
       const base = options(host, row * count + 44, [time, { label: "", show: true, stroke: "transparent", points: { show: false } }], {
         yAxis: {
-          splits: () => rank.lanes.map((_, i) => i + 0.5), values: () => rank.lanes.map((entry, i) => (count > 16 && i % 2 ? "" : entry.id === -1 ? "main" : "w" + entry.id)),
+          splits: () => rank.lanes.map((_, i) => i + 0.5),
+          values: () => rank.lanes.map((entry, i) => (count > 16 && i % 2 ? "" : entry.id === -1 ? "main" : "w" + entry.id)),
           grid: { show: false },
         },
-        yScale: { range: () => [count, 0], dir: 1 },
+        yScale: { auto: false, range: () => [0, count], dir: -1 },
         hooks: { draw: [paint], setCursor: [tell] },
       });
       base.legend = { show: false };
       base.cursor.points = { show: false };
-      base.axes[1].values = () => rank.lanes.map((entry, i) => (count > 16 && i % 2 ? "" : entry.id === -1 ? "main" : "w" + entry.id));
-      const chart = new uPlot(base, [rank.end, rank.end.map(() => null)], host);
+      const chart = new uPlot(base, [rank.end, rank.end.map(() => 0)], host);
       host.append(tip);
       return chart;
     },
