@@ -56,7 +56,7 @@ class _Span:
     epochs: tuple[Epoch, ...]
 
     def total(self, name: str) -> float:
-        return sum(getattr(epoch.summary, name) for epoch in self.epochs)
+        return float(sum(getattr(epoch.summary, name) for epoch in self.epochs))
 
     @property
     def samples_per_s(self) -> float:
@@ -255,5 +255,3 @@ def _island(data: Any) -> Markup:
     """JSON within a script element, in which nothing can end the element or begin a comment."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-

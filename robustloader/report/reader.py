@@ -171,9 +171,7 @@ def _finished(account: _Account, at: float, entry: dict[str, Any]) -> None:
     )
     _advance(account, key, at, last, summary.workers, ready=None)
     account.running.pop(key, None)
-    account.epochs.append(
-        Epoch(loader=key[0], begin=at - summary.duration_s, end=at, running=False, summary=summary)
-    )
+    account.epochs.append(Epoch(loader=key[0], begin=at - summary.duration_s, end=at, running=False, summary=summary))
 
 
 def _advance(

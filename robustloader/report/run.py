@@ -294,7 +294,7 @@ class RankRun:
 
     def total(self, name: str) -> float:
         """The sum of a number of the summaries over all epochs."""
-        return sum(getattr(epoch.summary, name) for epoch in self.epochs)
+        return float(sum(getattr(epoch.summary, name) for epoch in self.epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +421,9 @@ def compare_ranks(ranks: Sequence[RankRun]) -> Comparison:
     """
     worked = [rank for rank in ranks if rank.total("batches")]
     if len(worked) < 2:
-        return Comparison(slowest=None, reason="There is one rank only." if worked else "No rank has delivered a batch.")
+        return Comparison(
+            slowest=None, reason="There is one rank only." if worked else "No rank has delivered a batch."
+        )
     usual = median(rank.samples_per_s for rank in worked)
     slow = min(worked, key=lambda rank: rank.samples_per_s)
     if slow.samples_per_s < _RATE_GAP * usual:

@@ -19,7 +19,7 @@ __all__ = ["make_screen"]
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _TONES = {"input-bound": "red", "balanced": "yellow", "compute-bound": "green", "warm-up": "cyan"}
-# Ten panels' worth of borders and padding around a line that fills the screen.
+# A panel's borders and padding, left and right.
 _FRAME = 4
 
 
@@ -35,18 +35,30 @@ def make_screen(run: Run, *, name: str, width: int, height: int, note: str = "")
     """
     lead = run.leading
     if lead is None or not lead.epochs:
-        waiting = "No progress yet: the first line comes some seconds after the first batch." if lead else (
-            "The file holds no events yet."
+        waiting = (
+            "No progress yet: the first line comes some seconds after the first batch."
+            if lead
+            else ("The file holds no events yet.")
         )
-        return Group(Panel(Text(waiting), title=_plain(name), title_align="left"), *_foot(run, note))
-    # What the other panels take: ten lines, and their borders.
-    room = max(3, (height - 17) // 2)
+        first = Panel(Text(waiting), title=_plain(name), title_align="left")
+        troubles = Panel(
+            _troubles(run, max(1, height - 8), width - _FRAME), title="faults and deaths", title_align="left"
+        )
+        return Group(first, *([troubles] if lead else []), *_foot(run, note))
+    foot = _foot(run, note)
+    several = len(run.ranks) > 1
+    # The head takes up to eleven lines with a comparison of ranks, nine without; a table's borders, header and count of
+    # those left out take four. A small window shows the ranks rather than the workers of one.
+    left = height - (11 if several else 9) - len(foot) - 2
+    with_workers = not several or left - 8 >= 6
+    room = max(1, (left - 4 * (several + with_workers)) // (1 + several + with_workers))
     parts: list[RenderableType] = [_head(run, lead, name, width - _FRAME)]
-    if len(run.ranks) > 1:
+    if several:
         parts.append(Panel(_ranks(run, room), title="ranks", title_align="left"))
-    parts.append(Panel(_workers(lead, room), title="workers", title_align="left"))
+    if with_workers:
+        parts.append(Panel(_workers(lead, room), title="workers", title_align="left"))
     parts.append(Panel(_troubles(run, room, width - _FRAME), title="faults and deaths", title_align="left"))
-    return Group(*parts, *_foot(run, note))
+    return Group(*parts, *foot)
 
 
 def _head(run: Run, lead: RankRun, name: str, width: int) -> Panel:
@@ -55,9 +67,7 @@ def _head(run: Run, lead: RankRun, name: str, width: int) -> Panel:
     recent = lead.intervals[-1] if lead.intervals else None
     status = "running" if now.running else "complete" if summary.complete else "left early"
     lines = [
-        Text.assemble(
-            (f" {lead.verdict} ", f"reverse {_TONES.get(lead.verdict, 'cyan')}"), "  ", _plain(lead.advice)
-        ),
+        Text.assemble((f" {lead.verdict} ", f"reverse {_TONES.get(lead.verdict, 'cyan')}"), "  ", _plain(lead.advice)),
         Text(
             f"epoch {summary.epoch} ({status})   {as_count(summary.batches)} batches   "
             f"{as_count(summary.samples)} samples in {as_seconds(summary.duration_s)}   "
@@ -118,7 +128,9 @@ def _workers(lead: RankRun, room: int) -> RenderableType:
         share = min(1.0, share)
         table.add_row(
             "main" if key == -1 else str(key),
-            Text.assemble(("█" * round(12 * share), "blue"), ("░" * (12 - round(12 * share)), "dim"), f" {share:>4.0%}"),
+            Text.assemble(
+                ("█" * round(12 * share), "blue"), ("░" * (12 - round(12 * share)), "dim"), f" {share:>4.0%}"
+            ),
             as_count(worker.tasks),
             as_seconds(worker.load_p95_s),
             as_bytes(worker.peak_rss_bytes) if worker.peak_rss_bytes else "-",

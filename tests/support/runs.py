@@ -29,7 +29,7 @@ def fault(at: float, rank: str | None, epoch: int, index: Any, kind: str = "exce
         "index": index,
         "error_type": "PIL.UnidentifiedImageError" if kind == "exception" else "",
         "message": f"cannot identify image file '/data/train/{index}.jpg'",
-        "traceback": f"Traceback (most recent call last):\n  File \"dataset.py\", line 41, in __getitem__\n    {index}",
+        "traceback": f'Traceback (most recent call last):\n  File "dataset.py", line 41, in __getitem__\n    {index}',
         "action": "replaced",
         **more,
     }
@@ -58,7 +58,15 @@ def made_run(
     for epoch in range(epochs):
         state = {"batches": 0, "samples": 0, "bytes": 0, "elapsed_s": 0.0, "wait_s": 0.0, "step_s": 0.0, "faults": 0}
         lanes = [
-            {"worker_id": w, "tasks": 0, "samples": 0, "busy_s": 0.0, "load_p95_s": 0.2, "peak_rss_bytes": 0, "restarts": 0}
+            {
+                "worker_id": w,
+                "tasks": 0,
+                "samples": 0,
+                "busy_s": 0.0,
+                "load_p95_s": 0.2,
+                "peak_rss_bytes": 0,
+                "restarts": 0,
+            }
             for w in range(workers)
         ]
         alive, first_wait = workers, 2.5
@@ -157,7 +165,12 @@ def main(folder: str) -> None:
     write_run(root / "slow.jsonl", wait_s=0.05, rank=None)
     write_run(root / "long.jsonl", epochs=1_000, epoch_s=1_800, every_s=120, deaths=90, faults=900)
     for rank in range(4):
-        write_run(root / f"rank{rank}.jsonl", rank=str(rank), wait_s=0.012 + 0.02 * (rank == 2), step_s=0.11 - 0.02 * (rank == 2))
+        write_run(
+            root / f"rank{rank}.jsonl",
+            rank=str(rank),
+            wait_s=0.012 + 0.02 * (rank == 2),
+            step_s=0.11 - 0.02 * (rank == 2),
+        )
     for rank in range(64):
         write_run(root / f"many{rank}.jsonl", rank=str(rank), epochs=6)
     (root / "empty.jsonl").write_text("")
