@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
         help="make a page from the events of a run",
         description="Read what JsonlSink wrote, rotated files included, and write one HTML page that needs no network: "
         "the verdict, throughput, waiting, workers, faults and memory. Several files are the ranks of one run. The "
-        "exit status is 0 when every file could be read in full, 1 when one is empty or lines had to be left out (the page "
-        "is written all the same, and says so), and 2 when a file is not there.",
+        "exit status is 0 when every file could be read in full, 1 when one is empty or lines had to be left out (the "
+        "page is written all the same, and says so), and 2 when a file is not there.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a JSON-lines file of a run; one per rank")
     parser.add_argument("-o", "--output", metavar="PAGE", help="where to write the page (default: report.html)")

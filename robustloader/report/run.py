@@ -111,11 +111,22 @@ def merge_intervals(first: Interval, second: Interval) -> Interval:
 
 
 def thin_intervals(intervals: Sequence[Interval], limit: int) -> list[Interval]:
-    """At most ``limit`` intervals that add up to the same: neighbours are merged, pair by pair, until they are few."""
+    """At most ``limit`` intervals that add up to the same: neighbours are merged up to an even width in time."""
     thinned = list(intervals)
+    if len(thinned) <= max(1, limit):
+        return thinned
+    span = max(interval.end for interval in thinned) - min(interval.begin for interval in thinned)
+    # By width and not by number: what was thinned before is not thinned again before its neighbours are as wide.
+    width = max(span / max(1, limit), 1e-6)
     while len(thinned) > max(1, limit):
-        pairs = [merge_intervals(*pair) for pair in zip(thinned[::2], thinned[1::2], strict=False)]
-        thinned = pairs + (thinned[-1:] if len(thinned) % 2 else [])
+        merged: list[Interval] = []
+        for interval in thinned:
+            both = merge_intervals(merged[-1], interval) if merged else interval
+            if merged and both.end - both.begin <= width:
+                merged[-1] = both
+            else:
+                merged.append(interval)
+        thinned, width = merged, 2 * width
     return thinned
 
 

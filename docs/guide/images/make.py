@@ -1,4 +1,4 @@
-"""Make the screenshot of the guide: a made-up run, its report, and headless Chromium. Run from the repository's root."""
+"""Make the screenshot of the guide: a made-up run, its report, and headless Chromium."""
 
 from __future__ import annotations
 
