@@ -129,7 +129,7 @@
       };
       const tip = document.createElement("p");
       tip.className = "tip";
-      const rest = "◆ died or hung   ○ started again";
+      const rest = "◆ died or hung   ○ started again" + (rank.marksHidden ? `   (${number(rank.marksHidden)} older marks are left out)` : "");
       tip.textContent = rest;
       const tell = (chart) => {
         const { left, top, idx } = chart.cursor;

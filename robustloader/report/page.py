@@ -31,6 +31,8 @@ _ROWS_IN_ALL = 1_500
 _FAULT_ROWS = 200
 _INCIDENT_ROWS = 200
 _LANES = 32
+_MARKS = 2_000
+_MARKED = ("WorkerCrashed", "WorkerHung", "WorkerRestarted", "WorkerRecycled")
 _VERDICTS = {
     "input-bound": "The loop waits for data",
     "compute-bound": "The loop computes, data is there",
@@ -171,14 +173,15 @@ def _chart_data(run: Run) -> dict[str, Any]:
     lead = run.leading
     return {
         "lead": run.ranks.index(lead) if lead else 0,
-        "ranks": [_rank_data(rank, points) for rank in run.ranks],
+        "ranks": [_rank_data(rank, points, max(50, _MARKS // len(run.ranks))) for rank in run.ranks],
     }
 
 
-def _rank_data(rank: RankRun, points: int) -> dict[str, Any]:
+def _rank_data(rank: RankRun, points: int, most_marks: int) -> dict[str, Any]:
     """Columns for the charts; a row of nulls is a pause, over which no line is drawn."""
     rows = _with_pauses(thin_intervals(rank.intervals, points))
     ids = _lane_ids(rank)[:_LANES]
+    marks = [mark for mark in rank.incidents if mark.what in _MARKED]
 
     def column(take: Any) -> list[Any]:
         return [None if isinstance(row, float) else take(row) for row in rows]
@@ -203,9 +206,9 @@ def _rank_data(rank: RankRun, points: int) -> dict[str, Any]:
         ],
         "marks": [
             {"t": round(mark.time, 3), "what": mark.what, "lane": mark.worker_id, "text": mark.text}
-            for mark in rank.incidents[-_INCIDENT_ROWS:]
-            if mark.what in ("WorkerCrashed", "WorkerHung", "WorkerRestarted", "WorkerRecycled")
+            for mark in marks[-most_marks:]
         ],
+        "marksHidden": max(0, len(marks) - most_marks) + rank.incidents_dropped,
     }
 
 
