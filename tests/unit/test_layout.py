@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("worker",),
     ("engine",),
     ("loader", "__init__"),
-    ("integrations", "testing", "tuning", "cli", "__main__"),
+    ("integrations", "testing", "tuning", "report", "cli", "__main__"),
 )
 """Bottom to top; on one floor, left to right. A room imports lower floors, its left neighbours, and itself."""
 
