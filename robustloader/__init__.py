@@ -3,6 +3,7 @@
 from robustloader import RobustDataLoader as DataLoader
 """
 
+from robustloader.checkup import HostReport, doctor
 from robustloader.errors import (
     FaultBudgetError,
     OptionError,
@@ -51,6 +52,7 @@ __all__ = [
     "FaultLog",
     "FaultPolicy",
     "FaultRecord",
+    "HostReport",
     "MemoryLow",
     "MemoryPolicy",
     "OptionError",
@@ -81,4 +83,5 @@ __all__ = [
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "doctor",
 ]

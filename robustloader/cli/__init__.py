@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 import robustloader
-from robustloader.cli import demo
+from robustloader.cli import demo, doctor
 
 __all__ = ["main"]
 
 DESCRIPTION = "A DataLoader for PyTorch that survives damaged samples and dying workers."
-COMMANDS = (demo,)
+COMMANDS = (doctor, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

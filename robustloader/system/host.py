@@ -24,6 +24,7 @@ __all__ = [
     "SharedPage",
     "close_in_forked_children",
     "free_memory_bytes",
+    "has_pidfd",
     "hold_lifeline",
     "memory_kills",
     "open_pidfd",
@@ -54,6 +55,14 @@ def open_pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return None
+
+
+def has_pidfd() -> bool:
+    """Whether the system lets a process be watched by descriptor."""
+    fd = open_pidfd(os.getpid())
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
 
 
 def signal_name(exitcode: int | None) -> str | None:

@@ -27,6 +27,7 @@ __all__ = [
     "local_world_size",
     "maps_shared_memory",
     "memory_kills",
+    "memory_kills_group",
     "open_descriptors",
     "raise_descriptor_limit",
     "read_memory",
@@ -91,6 +92,11 @@ def _meminfo(root: str) -> tuple[int, int]:
         return int(memory.total), int(memory.available)
     path = os.path.join(root, "proc/meminfo")
     return read_counter(path, "MemTotal") * 1024, read_counter(path, "MemAvailable") * 1024
+
+
+def memory_kills_group(root: str = "/") -> bool:
+    """Whether the kernel's memory killer takes all processes of a control group of ours at once."""
+    return cgroups.kills_whole_group(root)
 
 
 # --- /dev/shm ---------------------------------------------------------------------------------------------------------
