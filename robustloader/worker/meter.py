@@ -9,8 +9,14 @@ import psutil
 
 __all__ = ["MemoryMeter"]
 
-_SHARE = 0.02
-"""A measurement walks the page tables, about a millisecond per gigabyte: no more of the worker's time than this."""
+_SHARE = 0.05
+"""A measurement walks the page tables, about a millisecond per gigabyte: no more of the worker's time than this, ..."""
+
+_CERTAIN = 1.25
+"""... unless resident memory has grown so far beyond the bound that there can hardly be a doubt."""
+
+_LOOK_AGAIN_S = 10.0
+"""Writing to shared pages makes them private without a change in size: look once in a while all the same."""
 
 
 class MemoryMeter:
@@ -46,8 +52,9 @@ class MemoryMeter:
         now = time.monotonic()
         resident = self._process.memory_info().rss
         may_hold = self._held + max(0, resident - self._resident)
-        # Writing to shared pages makes them private without a change in size: look once in a while all the same.
-        if self._held and (now < self._due or (may_hold <= self._limit and now < self._due + 10.0)):
+        early = now < self._due and may_hold <= _CERTAIN * self._limit
+        needless = may_hold <= self._limit and now < self._due + _LOOK_AGAIN_S
+        if self._held and (early or needless):
             return
         self._held, self._resident = self._process.memory_full_info().uss, resident
         self._due = now + (time.monotonic() - now) / _SHARE
