@@ -227,7 +227,8 @@ class MemoryPolicy:
             back: unique set size) is replaced by a fresh process between two tasks, from its eighth task on; None
             never. Map-style datasets only: a stream would have to be read again from its beginning.
         max_arena_bytes: how many bytes the batches on their way from the workers may take in shared memory. None is
-            not unlimited: it takes half of what is free above the headroom when the workers are started.
+            not unlimited: it takes half of what is free above the headroom when the workers are started. With 0 every
+            batch goes through a socket.
     """
 
     on_low: Literal["warn", "raise", "adapt"] = "adapt"

@@ -307,7 +307,8 @@ def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers:
     Raises:
         ResourceError: ``transport="arena"`` was asked for, and the system has no shared memory of this kind.
     """
-    if transport == "pipe":
+    allowed = policy or MemoryPolicy()
+    if transport == "pipe" or allowed.max_arena_bytes == 0:
         return None, ""
     try:
         os.close(SharedMapping.create(mmap.PAGESIZE)[1])
@@ -319,7 +320,6 @@ def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers:
                 f"{reason}; {remedy}", wanted_bytes=mmap.PAGESIZE, free_bytes=0, remedy=remedy
             ) from error
         return None, reason
-    allowed = policy or MemoryPolicy()
     memory = limits.read_memory()
     together = plan_arena_bytes(
         allowed.max_arena_bytes, memory, allowed.headroom_fraction, least=_LEAST_ARENA_BYTES * num_workers
