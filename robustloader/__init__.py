@@ -3,6 +3,7 @@
 from robustloader import RobustDataLoader as DataLoader
 """
 
+from robustloader.checkup import HostReport, doctor
 from robustloader.errors import (
     FaultBudgetError,
     OptionError,
@@ -66,6 +67,7 @@ __all__ = [
     "FaultLog",
     "FaultPolicy",
     "FaultRecord",
+    "HostReport",
     "JsonlSink",
     "MemoryLow",
     "MemoryPolicy",
@@ -101,4 +103,5 @@ __all__ = [
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "doctor",
 ]

@@ -246,8 +246,8 @@ class ResourceError(RobustLoaderError, RuntimeError):
     """The machine has too little of something the loader needs.
 
     Attributes:
-        wanted_bytes: how many bytes are needed.
-        free_bytes: how many bytes there are.
+        wanted_bytes: how many bytes are needed; 0 where it is not memory that is short.
+        free_bytes: how many bytes there are; 0 likewise.
         remedy: what to change.
     """
 

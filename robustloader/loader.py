@@ -13,7 +13,7 @@ from robustloader.decisions.workers import AutoWorkers
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
 from robustloader.engine.iterator import MultiprocessIterator
-from robustloader.engine.options import EngineOptions, EpochCounter
+from robustloader.engine.options import EngineOptions, EpochCounter, Measured
 from robustloader.errors import OptionError, warn_user
 from robustloader.policies import (
     Action,
@@ -125,6 +125,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         self._desk = FaultDesk(fault_policy(faults))
         self._recorder = Recorder(telemetry)
         self._epochs = EpochCounter()
+        self._measured = Measured()
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # --- iterating
@@ -146,6 +147,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
             dataset=self.dataset,
+            measured=self._measured,
         )
         iterator: InProcessIterator | MultiprocessIterator
         if self.num_workers == 0:

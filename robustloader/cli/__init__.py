@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 import robustloader
-from robustloader.cli import demo, report, watch
+from robustloader.cli import demo, doctor, report, watch
 
 __all__ = ["main"]
 
 DESCRIPTION = "A DataLoader for PyTorch that survives damaged samples and dying workers."
-COMMANDS = (demo, report, watch)
+COMMANDS = (doctor, demo, report, watch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

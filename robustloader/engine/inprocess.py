@@ -24,7 +24,7 @@ from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, Ended, Loaded, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
 
-__all__ = ["InProcessIterator", "StandIn", "batch_nbytes"]
+__all__ = ["InProcessIterator", "StandIn", "batch_nbytes", "count_tensors"]
 
 
 def batch_nbytes(batch: Any, depth: int = 3) -> int:
@@ -36,6 +36,15 @@ def batch_nbytes(batch: Any, depth: int = 3) -> int:
     if depth and isinstance(batch, (list, tuple)):
         return sum(batch_nbytes(value, depth - 1) for value in batch)
     return int(getattr(batch, "nbytes", 0)) if hasattr(batch, "__array_interface__") else 0
+
+
+def count_tensors(batch: Any, depth: int = 3) -> int:
+    """How many tensors and arrays a batch holds, as far as common containers show them."""
+    if depth and isinstance(batch, dict):
+        return sum(count_tensors(value, depth - 1) for value in batch.values())
+    if depth and isinstance(batch, (list, tuple)):
+        return sum(count_tensors(value, depth - 1) for value in batch)
+    return int(isinstance(batch, torch.Tensor) or hasattr(batch, "__array_interface__"))
 
 
 class InProcessIterator(torch_private.LoaderIterator):

@@ -22,16 +22,17 @@ from torch.utils.data import DataLoader
 
 from robustloader.decisions.keys import index_key, once_only
 from robustloader.decisions.ledger import Task
+from robustloader.decisions.limits import plan_recycle
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import StandIn, batch_nbytes
-from robustloader.engine.memory import arena_limits, check_memory
+from robustloader.engine.memory import MemoryGuard, arena_limits
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
 from robustloader.engine.recovery import Recovery
-from robustloader.errors import SampleError, WorkerStartError
+from robustloader.errors import ResourceError, SampleError, WorkerStartError
 from robustloader.events import BatchInfo, TaskReplayed, TransportDegraded
 from robustloader.system import host, torch_private
 from robustloader.telemetry import EpochRecording
@@ -105,6 +106,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self.closed = False
         self._arena, self._no_arena = arena_limits(options.transport, options.memory, self.num_workers)
         self._happenings: deque[Happening] = deque()
+        self._guard = MemoryGuard(
+            options.memory,
+            options.measured,
+            min_workers=self._policy.min_workers if self._policy is not None else 1,
+            can_shrink=not options.iterable,
+        )
+        startable, shortage = self._guard.before_start(self.num_workers, recovers=self._policy is not None)
+        memory = options.memory
+        self._max_worker_bytes = memory.max_worker_bytes if memory is not None and not options.iterable else None
         context = loader.multiprocessing_context
         make_setup = functools.partial(
             Setup,
@@ -115,8 +125,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             iterable=options.iterable,
             batched=options.batched,
             drop_last=loader.drop_last,
+            max_worker_bytes=self._max_worker_bytes,
         )
-        self._pool = Pool(torch.multiprocessing if context is None else context, make_setup)
+        try:
+            self._pool = Pool(torch.multiprocessing if context is None else context, make_setup)
+        except OSError as error:
+            raise self._guard.explain(error) or error from error
         self._resources = _Resources(self._pool)
         self._finalizer = util.Finalize(self, self._resources.release, exitpriority=100)
         self._books = Books(
@@ -136,7 +150,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._recovery = Recovery(self._books, self._crew, self._policy)
         try:
             self._open_books()
-            self._start_workers()
+            self._start_workers(startable, shortage)
             if self.pins:
                 pin = functools.partial(torch_private.pin_memory, device=self.pin_device)
                 self._books.pinner = Pinner(pin, torch.accelerator.current_device_index(), self._pool.wake)
@@ -182,14 +196,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             "arena": self._arena,
         }
 
-    def _start_workers(self) -> None:
-        error = self._crew.start_all(self._start_details)
+    def _start_workers(self, startable: int, shortage: ResourceError | None) -> None:
+        """Start ``startable`` processes; with a ``shortage`` these are not all."""
+        error = self._crew.start_all(self._start_details, startable) or shortage
         if error is None:
             return
         if self._policy is None:
-            raise error
+            raise self._guard.explain(error) or error from error
         # EAGAIN and ENOMEM, or the assertion that a daemonic process has no children: nothing a retry would mend.
-        if not isinstance(error, (OSError, AssertionError)):
+        if not isinstance(error, (OSError, AssertionError, ResourceError)):
             raise WorkerStartError(f"a worker process could not be started: {error}") from error
         self._recovery.without([slot for slot in self._crew.slots if slot.worker is None], error)
 
@@ -224,7 +239,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                         self._recovery.orphans.append(slot)
                 elif slot.state == "retired" and self._options.iterable:
                     self._recovery.orphans.append(slot)
-        self._prefetch = check_memory(self._options.memory, self._wanted_prefetch, self._books.recording)
+        self._crew.memory_low = False
+        self._prefetch = self._guard.begin_epoch(self._wanted_prefetch, self.num_workers, self._books.recording)
         for _ in range(self._prefetch * self.num_workers):
             self._put()
 
@@ -326,6 +342,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 case = slot.trial = slot.trials.popleft()
                 self._pool.send(worker, Trial(books.run, case.task.id, case.position, case.index))
             return
+        if slot.leaving and not books.closing:
+            if not books.ledger.waiting_for(slot.worker_id):
+                self._crew.let_go(slot, self._max_worker_bytes)
+            return
         while slot.orders:
             self._give(slot.orders.popleft(), slot)
         while books.queue and books.ledger.waiting_for(slot.worker_id) < self._prefetch:
@@ -386,7 +406,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         books, result = self._books, task.result
         books.ledger.deliver(task)
         books.spares.close(task.id)
-        if self._put_ahead:
+        if self._put_ahead and len(books.ledger):
             self._put_ahead -= 1
         else:
             self._put()
@@ -459,6 +479,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._pool.busy = False
         heard = self._take_pinned() or heard
         crew.watch(self._books.sample_in_hand, self._books.has_work)
+        self._watch_memory()
         return heard
 
     def _on_died(self, died: Died) -> None:
@@ -584,6 +605,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             report=message.report,
         )
         self._books.arrive(task, result)
+        if message.held_bytes:
+            self._on_heavy(slot, worker, message.held_bytes)
+        self._on_size_known(frame.nbytes)
 
     def _on_undecodable(self, task: Task, slot: Slot, worker: Worker, error: Exception) -> None:
         """A batch arrived that cannot be unpickled here: find the sample, or do without the whole batch."""
@@ -658,6 +682,74 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         )
         error.__cause__ = cause
         self._books.raise_once(error)
+
+    # --- memory
+
+    def _on_heavy(self, slot: Slot, worker: Worker, held_bytes: int) -> None:
+        """A worker holds more than it may: another takes its place once it has nothing to do."""
+        verdict = plan_recycle(held_bytes=held_bytes, limit_bytes=self._max_worker_bytes, finished=worker.finished)
+        if verdict == "too low":
+            self._guard.recycling_is_vain(held_bytes)
+        elif verdict == "recycle" and slot.worker is worker and not slot.leaving:
+            slot.leaving, slot.held_bytes = "recycle", held_bytes
+
+    def _on_size_known(self, nbytes: int) -> None:
+        """A batch's size tells what the rest of the lookahead will take."""
+        books = self._books
+        try:
+            plan = self._guard.batch_arrived(
+                nbytes,
+                prefetch_factor=self._prefetch,
+                workers=self._crew.size,
+                batches_here=books.ledger.ready,
+                recording=books.recording,
+            )
+            if plan is not None:
+                pids = [worker.pid for worker in self._pool.workers if worker.pid is not None]
+                self._guard.check_shared_memory(pids, books.recording)
+        except ResourceError as error:
+            books.raise_once(error)
+            return
+        if plan is not None and plan.prefetch_factor < self._prefetch:
+            self._lower_prefetch(plan.prefetch_factor)
+        if plan is not None and plan.workers < self._crew.size:
+            self._take_away(self._crew.size - plan.workers, "the batches of more workers do not fit into memory")
+
+    def _watch_memory(self) -> None:
+        """Memory that becomes low in the middle of an epoch: give up lookahead, then workers."""
+        now, guard, crew = time.monotonic_ns(), self._guard, self._crew
+        if not guard.due(now) or self._recovery.local or self.closed:
+            return
+        try:
+            relief, reason = guard.look(
+                now,
+                prefetch_factor=self._prefetch,
+                workers=crew.size,
+                settled=not self._put_ahead and not any(slot.leaving for slot in crew.slots),
+                recording=self._books.recording,
+            )
+        except ResourceError as error:
+            self._books.raise_once(error)
+            return
+        if relief == "prefetch":
+            self._lower_prefetch(1)
+        elif relief == "workers":
+            self._take_away(1, reason)
+
+    def _lower_prefetch(self, prefetch_factor: int) -> None:
+        """Load fewer batches ahead: as many as there are too many under way are not asked for."""
+        slots = self._crew.slots
+        shards = sum(not slot.ended and slot.state not in ("retired", "ended") for slot in slots)
+        self._put_ahead += (self._prefetch - prefetch_factor) * (shards if self._options.iterable else len(slots))
+        self._prefetch = prefetch_factor
+
+    def _take_away(self, workers: int, reason: str) -> None:
+        """Let workers go once they have nothing to do, the last ones first, and their lookahead with them."""
+        self._crew.memory_low = True
+        for slot in [slot for slot in self._crew.slots if slot.takes_tasks][-workers:]:
+            slot.leaving, slot.leaving_reason = "retire", reason
+            self._put_ahead += self._prefetch
+            self._feed(slot)
 
     # --- shards without a process, and the training process as a worker
 

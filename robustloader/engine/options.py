@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustloader.engine.faults import FaultDesk
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding, Transport
 from robustloader.telemetry import Recorder
 
-__all__ = ["EngineOptions", "EpochCounter"]
+__all__ = ["EngineOptions", "EpochCounter", "Measured"]
 
 
 class EpochCounter:
@@ -23,6 +23,19 @@ class EpochCounter:
         epoch = self._next
         self._next += 1
         return epoch
+
+
+@dataclass
+class Measured:
+    """What a loader's epochs have shown so far, and what has been said about it.
+
+    Attributes:
+        batch_bytes: size of the largest batch; 0 before the first.
+        warned: what the user was warned of; once is enough.
+    """
+
+    batch_bytes: int = 0
+    warned: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +58,4 @@ class EngineOptions:
     iterable: bool
     batched: bool
     dataset: Any
+    measured: Measured = field(default_factory=Measured)

@@ -15,7 +15,7 @@ from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
 from robustloader.engine.crew import Crew, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
-from robustloader.errors import WorkerError, WorkerHangError, WorkerStartError
+from robustloader.errors import ResourceError, WorkerError, WorkerHangError, WorkerStartError
 from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
 
@@ -270,12 +270,15 @@ class Recovery:
         slot = self.crew.slot_of(happening.worker)
         slot.incarnation += 1
         slot.streak += 1
+        if self.policy is None:  # a recycled worker's successor
+            self.books.raise_once(WorkerStartError(f"a worker process could not be started: {happening.error}"))
+            return
         self._restart_or_shrink(slot, "start", None, f"a worker process could not be started: {happening.error}")
 
     def without(self, slots: list[Slot], error: BaseException) -> None:
-        """These first processes could not be started."""
+        """These first processes could not be started, or for want of something were not tried (``ResourceError``)."""
         assert self.policy is not None
-        reason = f"a worker process could not be started: {error}"
+        reason = str(error) if isinstance(error, ResourceError) else f"a worker process could not be started: {error}"
         if len(self.crew.slots) - len(slots) < self.policy.min_workers:
             self._fall_back(reason, None, error)
             return

@@ -15,6 +15,7 @@ from tenacity import Retrying, retry_if_exception
 
 from robustloader.decisions.isolation import find_misfits
 from robustloader.decisions.keys import Key, as_list, count_indices, index_key
+from robustloader.decisions.limits import exhaustion_hint
 from robustloader.events import FaultAction, FaultKind
 from robustloader.policies import TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
@@ -307,7 +308,9 @@ class _Repair:
     def _is_transient(self, error: BaseException) -> bool:
         retry = self.policy.retry
         passing = TRANSIENT if retry is None else retry.on
-        return isinstance(error, passing) and not isinstance(error, self.policy.fatal)
+        if isinstance(error, self.policy.fatal):
+            return False
+        return isinstance(error, passing) or bool(exhaustion_hint(error))
 
     def _drop(self, position: int, bad: _Bad) -> None:
         """The sample at ``position`` is out."""
@@ -438,6 +441,9 @@ def _fault(
     plan: Plan,
     transient: bool = False,
 ) -> Fault:
+    hint = "" if plan.strict else exhaustion_hint(error)
+    if hint and hint not in getattr(error, "__notes__", ()):
+        error.add_note(hint)
     raised = Raised.of(error, plan.where)
     return Fault(
         kind,
@@ -448,7 +454,8 @@ def _fault(
         raised.traceback,
         attempts,
         action,
-        transient=transient,
+        transient=transient or bool(hint),
+        hint=hint,
     )
 
 

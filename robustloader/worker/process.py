@@ -43,6 +43,7 @@ from robustloader.transport.messages import (
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
 from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, Loaded, Outcome, Plan, Short, make_fetcher
+from robustloader.worker.meter import MemoryMeter
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
@@ -96,6 +97,7 @@ class Setup:
         indices: one task's indices, for those.
         rng: random states to begin the stream with; None keeps those of the seed.
         arena: how large this worker's arena may get; None sends everything through the socket.
+        max_worker_bytes: how much memory of its own the worker may hold before it says so; None does not look.
     """
 
     cargo: Cargo
@@ -117,6 +119,7 @@ class Setup:
     indices: Any = None
     rng: Any = None
     arena: ArenaLimits | None = None
+    max_worker_bytes: int | None = None
 
 
 def run_worker(setup: Setup) -> None:
@@ -147,6 +150,7 @@ class _Worker:
         self.epoch = setup.epoch
         self.arena = Arena(setup.arena) if setup.arena is not None else None
         self.stacker = Stacker(self.arena)
+        self.meter = MemoryMeter(setup.max_worker_bytes)
         self._quiet_signals()
         torch.set_num_threads(1)
         # Unpickling may draw random numbers; under torch it happens before the seeds are set, so it does here.
@@ -252,7 +256,9 @@ class _Worker:
             self.beacon.finish()
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             calls = self.fetcher.calls
-            reply = Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls, trouble, begun)
+            held = self.meter.excess_bytes(rss)
+            samples, report = outcome.samples, outcome.report
+            reply = Fetched(order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, held)
             self.channel.send(reply, parcel, arena_fd=fd)
             if fd is not None:
                 os.close(fd)
