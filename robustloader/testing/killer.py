@@ -73,6 +73,10 @@ class WorkerKiller:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """No more strikes from the thread; the block may go on."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()

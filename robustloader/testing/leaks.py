@@ -53,7 +53,7 @@ class Leaks:
             {pid: name for pid, name in self.processes.items() if pid not in before.processes},
             opened if len(self.descriptors) > len(before.descriptors) else {},
             {ident: name for ident, name in self.threads.items() if ident not in before.threads},
-            self.shared_memory - before.shared_memory,
+            _without_strangers(self.shared_memory - before.shared_memory),
         )
 
     def __bool__(self) -> bool:
@@ -127,3 +127,16 @@ def _shared_memory() -> frozenset[str]:
         if not name.startswith("sem.") and (owner is None or int(owner[1]) in family):
             found.add(name)
     return frozenset(found)
+
+
+def _without_strangers(names: frozenset[str]) -> frozenset[str]:
+    """Without what a process outside this family has mapped: other programs of the machine use ``/dev/shm`` as well."""
+    if not names:
+        return names
+    family = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+    theirs: set[str] = set()
+    for process in psutil.process_iter():
+        if process.pid not in family:
+            with contextlib.suppress(psutil.Error, OSError):
+                theirs.update(os.path.basename(entry.path) for entry in process.memory_maps(grouped=True))
+    return names - theirs
