@@ -31,10 +31,11 @@ import psutil
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from benchmarks.machine import describe
 from robustloader import RecoveryPolicy, RobustDataLoader, ShardEnded, TelemetryPolicy, WorkerCrashed
 from robustloader.policies import Transport
 from robustloader.testing import WorkerKiller, no_leaks
-from tests.support.results import origin, write_json
+from tests.support.results import write_json
 
 TRANSPORTS = tuple(name for name in get_args(Transport) if name != "auto")
 STUCK_S = 120.0
@@ -315,7 +316,7 @@ def result_of(options: argparse.Namespace, totals: Totals, wall_s: float) -> dic
     readings = totals.own_bytes
     return {
         "what": "convict" if options.convict else "soak",
-        **origin(),
+        **describe(),
         "seconds": round(wall_s, 1),
         "seed": options.seed,
         "counts": dict(sorted(totals.counts.items())),

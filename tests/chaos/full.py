@@ -30,9 +30,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.machine import describe
 from robustloader.testing import no_leaks
 from tests.chaos.situations import PRODUCT, Mode, Situation, columns, run
-from tests.support.results import origin, write_json
+from tests.support.results import write_json
 
 LIMIT_S = 120.0
 SIDE_BY_SIDE = 2
@@ -115,7 +116,7 @@ def finish(running: Running) -> tuple[float, str]:
 
 def begin(options: argparse.Namespace) -> dict[str, Any]:
     """A fresh result, or the one to go on with."""
-    fresh = {"what": "chaos", **origin(), "rounds": options.rounds, "ok": False, "rows": {}}
+    fresh = {"what": "chaos", **describe(), "rounds": options.rounds, "ok": False, "rows": {}}
     if options.output is not None and options.output.exists():
         before: dict[str, Any] = json.loads(options.output.read_text())
         if before.get("commit") == fresh["commit"] and before.get("rounds") == options.rounds:
