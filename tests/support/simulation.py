@@ -46,6 +46,7 @@ class SimWorker:
     finished: int = 0
     dismissed: bool = False
     killed_for: str = ""
+    arena_lost: str = ""
     started_ns: int = field(default_factory=time.monotonic_ns)
     silent_s: float = 0.0
     silent_since: int = 0
