@@ -10,7 +10,7 @@ RESULT := benchmarks/results/full.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench bench-quick docs clean
+.PHONY: help setup demo test check bench bench-quick chaos soak docs clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,13 @@ bench: $(BENCH_STAMP)  ## measure everything against its peers, redraw figures a
 
 bench-quick: $(BENCH_STAMP)  ## the same with few rounds, printed only (two minutes)
 	$(PY) -m benchmarks --quick --out build/bench-quick.json
+
+chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
+	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json
+
+soak: $(STAMP)  ## kill workers at random for half an hour, then convict nobody for ten minutes
+	$(PY) -m tests.soak --seconds 1800 --seed 7 -o benchmarks/results/soak.json
+	$(PY) -m tests.soak --convict --seconds 600 --seed 7 -o benchmarks/results/convict.json
 
 docs: $(STAMP)  ## check that links in the documentation resolve and that its Python compiles
 	$(PY) docs/check.py

@@ -68,6 +68,13 @@ class Recovery:
             self._on_shard_died(slot, lost, event, cause, died)
             return
         key = None if task is None or position is None else index_key(index)
+        if case is not None and died.reading.phase in ("idle", "init") and not books.closing:
+            # Killed before the trial began, or after the sample had survived it: that proves nothing. While closing,
+            # restarts are outside the budget, and only the count of trials bounds them.
+            slot.trials.appendleft(case)
+            self._requeue(lost)
+            self._restart_or_shrink(slot, cause, None)
+            return
         if task is None:
             self._requeue(lost)
             self._restart_or_shrink(slot, cause, None)

@@ -28,6 +28,7 @@ __all__ = [
     "pin_memory",
     "prepare_worker_process",
     "worker_info",
+    "worker_processes",
 ]
 
 try:
@@ -135,6 +136,11 @@ def worker_info(info: Any) -> Iterator[None]:
 def new_worker_info(*, worker_id: int, num_workers: int, seed: int, dataset: Any) -> Any:
     """An info object as ``get_worker_info()`` returns it in a worker."""
     return _torch_worker.WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+
+
+def worker_processes(iterator: Any) -> list[Any]:
+    """The worker processes of an iterator, torch's own or one of ours; empty where it loads in process."""
+    return list(getattr(iterator, "_workers", ()))
 
 
 class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 takes two type parameters, 2.6 takes one
