@@ -129,6 +129,8 @@ def _mark_leases() -> None:
     token: ForkToken | None = getattr(_forking, "token", None)
     for leases in list(_all_leases):
         for lease in list(leases.open.values()):
+            if lease() is None:
+                continue  # ended before the fork, and not yet taken note of
             if token is None:
                 lease.frozen = True
             elif lease.tokens is None:
@@ -175,6 +177,9 @@ class Arena:
         self._forget()
 
     def _forget(self) -> None:
+        fd = self.take_descriptor()
+        if fd is not None:
+            os.close(fd)
         self._mapping: SharedMapping | None = None
         self._map = ExtentMap(0)
         self._leases = _Leases()
@@ -224,6 +229,9 @@ class Arena:
         """The descriptor of an arena that the training process has not been sent yet."""
         fd, self._fd = self._fd, -1
         return fd if fd >= 0 else None
+
+    def __del__(self) -> None:
+        self._forget()
 
     def take_trouble(self) -> str:
         """What has gone wrong since the last call."""
