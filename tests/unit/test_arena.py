@@ -6,7 +6,7 @@ import gc
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,10 @@ class Ends:
 
 
 @pytest.fixture
-def ends() -> Ends:
-    return Ends()
+def ends() -> Iterator[Ends]:
+    ends = Ends()
+    yield ends
+    ends.arena.renew()  # an arena that nobody was told of still has its descriptor
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
