@@ -181,7 +181,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._books.begin(recording, poison_after=self._policy.poison_after if self._policy else 1)
         self._cycle = 0
         self._put_ahead = 0
-        self._returned_ns = self._looked_ns = 0
+        self._returned_ns = self._looked_ns = self._asked_ns = self._lay_ready = 0
         self._last: tuple[Task, Result] | None = None
         self._stand_in: StandIn | None = None
         self._stream_indices: Any = None
@@ -374,24 +374,20 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif not self.closed and begun - self._looked_ns > _LOOK_EVERY_NS and self._has_ready():
             self._looked_ns = begun
             self._turn(0.0)
-        ready, first = books.ledger.ready, True
+        self._asked_ns, self._lay_ready = begun, books.ledger.ready
         heard_ns = begun
         while True:
             if books.error is not None:
                 self._raise_error()
             task = books.ledger.deliverable()
             if task is not None and task.result.pinned:
-                return self._deliver(task, begun, ready)
+                return self._deliver(task, begun)
             if not len(books.ledger) and not self._wake_orphan():
                 self._finish()
                 raise StopIteration
             if self.closed:
                 raise RuntimeError("this iterator was closed; make a new one")
-            heard = self._turn()
-            if first and not self._pool.blocked:  # what lay in the sockets lay ready as well
-                ready = books.ledger.ready
-            first = False
-            if heard:
+            if self._turn():
                 heard_ns = time.monotonic_ns()
             elif strict_s and time.monotonic_ns() - heard_ns > strict_s * 1e9:
                 raise RuntimeError(f"DataLoader timed out after {self.timeout_s} seconds")
@@ -402,7 +398,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         task = self._books.ledger.deliverable()
         return task is not None and bool(task.result.pinned)
 
-    def _deliver(self, task: Task, begun: int, ready: int) -> Any:
+    def _deliver(self, task: Task, begun: int) -> Any:
         books, result = self._books, task.result
         books.ledger.deliver(task)
         books.spares.close(task.id)
@@ -419,7 +415,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if error is not None:
             raise error
         books.recording.delivered(result.samples, result.nbytes)
-        books.recording.waited(now - begun, ready, now)
+        books.recording.waited(now - begun, self._lay_ready, now)
         return batch
 
     def _finish(self) -> None:
@@ -591,6 +587,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._on_undecodable(task, slot, worker, error)
             return
         slot.batches += 1
+        if message.sent_ns <= self._asked_ns:  # it lay in the socket
+            self._lay_ready += 1
         if message.trouble:
             self._note_degraded(worker.worker_id, message.trouble)
         self._books.recording.worker_task(

@@ -229,7 +229,6 @@ class Pool:
         self.workers: list[Worker] = []
         self.stopped = False
         self.busy = False
-        self.blocked = True  # whether the last wait found nothing at once
 
     @property
     def owned(self) -> bool:
@@ -329,10 +328,7 @@ class Pool:
         """What has happened, waiting up to ``timeout_s`` seconds (None: until something does)."""
         happenings: list[Happening] = []
         dead: list[Worker] = []
-        ready = self._selector.select(0.0)
-        self.blocked = not ready
-        if not ready and timeout_s != 0.0:
-            ready = self._selector.select(timeout_s)
+        ready = self._selector.select(timeout_s)
         self.busy = bool(ready)
         for key, events in ready:
             worker: Worker | None = key.data

@@ -155,7 +155,7 @@ class Fetched(NamedTuple):
 
     ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). ``trouble`` says
     why the batch did not go through the arena, where it should have. It began to load at ``begun_ns`` on the monotonic
-    clock, and took ``load_ns``.
+    clock, which all processes of a machine share, took ``load_ns``, and was sent at ``sent_ns``.
     """
 
     run: int
@@ -167,6 +167,7 @@ class Fetched(NamedTuple):
     calls: int = 0
     trouble: str = ""
     begun_ns: int = 0
+    sent_ns: int = 0
     held_bytes: int = 0
 
 

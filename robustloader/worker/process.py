@@ -258,7 +258,8 @@ class _Worker:
             calls = self.fetcher.calls
             held = self.meter.excess_bytes(rss)
             samples, report = outcome.samples, outcome.report
-            reply = Fetched(order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, held)
+            now = time.monotonic_ns()
+            reply = Fetched(order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, now, held)
             self.channel.send(reply, parcel, arena_fd=fd)
             if fd is not None:
                 os.close(fd)

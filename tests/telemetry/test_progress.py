@@ -18,9 +18,11 @@ from robustloader import (
     TaskLoaded,
     TelemetryPolicy,
 )
+from robustloader.engine.pool import Pool
 from robustloader.telemetry import EpochRecording, Recorder
 from tests.support.datasets import Numbers
 from tests.support.listener import Listener
+from tests.support.peek import await_bytes
 from tests.support.telemetry import BATCHES, run_epoch
 from tests.support.watch import Gate, wait_at
 
@@ -28,14 +30,16 @@ SECOND = 1_000_000_000
 
 
 class Gated(Numbers):
-    """Each sample waits at the gate."""
+    """Each sample but the first ``free`` ones waits at the gate."""
 
-    def __init__(self, size: int, gate: Gate) -> None:
+    def __init__(self, size: int, gate: Gate, free: int = 0) -> None:
         super().__init__(size)
         self.gate = str(gate.path)
+        self.free = free
 
     def load(self, index: int) -> Any:
-        wait_at(self.gate)
+        if index >= self.free:
+            wait_at(self.gate)
         return index
 
 
@@ -149,16 +153,24 @@ def test_a_real_epoch(workers: int) -> None:
     assert [worker["tasks"] for worker in last.workers] == [worker.tasks for worker in summary.workers]
 
 
-def test_ready_is_what_lay_ready_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that comes while the loop waits for it did not lie ready: the gate opens only once it waits."""
-    select = selectors.DefaultSelector.select
+def test_what_comes_while_the_loop_waits_did_not_lie_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate opens only once the loop waits, and it waits with one system call."""
+    wait, select, calls = Pool.wait, selectors.DefaultSelector.select, []
 
-    def open_then_wait(selector: Any, timeout_s: float | None = None) -> Any:
+    def open_then_wait(pool: Pool, timeout_s: float | None) -> Any:
         if timeout_s != 0:
             gate.open()
+        before = len(calls)
+        happenings = wait(pool, timeout_s)
+        assert len(calls) == before + 1
+        return happenings
+
+    def count(selector: Any, timeout_s: float | None = None) -> Any:
+        calls.append(timeout_s)
         return select(selector, timeout_s)
 
-    monkeypatch.setattr(selectors.DefaultSelector, "select", open_then_wait)
+    monkeypatch.setattr(Pool, "wait", open_then_wait)
+    monkeypatch.setattr(selectors.DefaultSelector, "select", count)
     listener = TaskListener()
     with Gate(tmp_path / "gate") as gate:
         loader: RobustDataLoader[int] = RobustDataLoader(
@@ -167,6 +179,21 @@ def test_ready_is_what_lay_ready_when_asked(tmp_path: Path, monkeypatch: pytest.
         assert len(list(loader)) == 1
     assert [event.ready for event in listener.of(BatchDelivered)] == [0]
     assert loader.summary().ready_depth_mean == 0
+
+
+def test_what_lies_in_the_socket_when_the_loop_asks_lies_ready(tmp_path: Path) -> None:
+    """Though the training process has not read it yet."""
+    listener = TaskListener()
+    with Gate(tmp_path / "gate") as gate:
+        loader: RobustDataLoader[int] = RobustDataLoader(
+            Gated(2, gate, free=1), batch_size=1, num_workers=1, telemetry=TelemetryPolicy(sinks=(listener,))
+        )
+        batches = iter(loader)
+        next(batches)
+        gate.open()
+        await_bytes(batches, 0)
+        assert len(list(batches)) == 1
+    assert [event.ready for event in listener.of(BatchDelivered)][1] == 1
 
 
 def test_loaders_that_share_a_sink_are_told_apart() -> None:
