@@ -29,6 +29,7 @@ __all__ = [
     "memory_kills",
     "memory_kills_group",
     "open_descriptors",
+    "private_bytes",
     "raise_descriptor_limit",
     "read_memory",
     "read_processes",
@@ -83,6 +84,25 @@ def memory_kills(root: str = "/") -> int:
     """
     kills = cgroups.memory_kills(root)
     return kills if kills is not None else read_counter(os.path.join(root, "proc/vmstat"), "oom_kill")
+
+
+def private_bytes(root: str = "/") -> int:
+    """Memory that the end of this process would give back, in bytes: pages that it shares with nobody.
+
+    Pages of shared mappings are left out. The kernel counts them as private while no other process has touched them, as
+    it is with batches on their way through the arena, but they belong to all who map them. Walks the page tables: about
+    a millisecond per gigabyte, and a few for a thousand mappings.
+
+    *Source*: ``/proc/self/smaps``, proc_pid_smaps(5): ``Private_Clean``, ``Private_Dirty`` and ``Private_Hugetlb``.
+    """
+    held, shared = 0, False
+    with open(os.path.join(root, "proc/self/smaps"), "rb") as file:
+        for line in file:
+            if line.startswith(b"Private_"):
+                held += 0 if shared else int(line.split()[1]) * 1024
+            elif not line[:1].isupper():  # "7f0c1a000000-7f0c1e000000 rw-s …" begins a mapping
+                shared = line.split(None, 2)[1].endswith(b"s")
+    return held
 
 
 def _meminfo(root: str) -> tuple[int, int]:

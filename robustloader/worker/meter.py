@@ -7,6 +7,8 @@ import time
 
 import psutil
 
+from robustloader.system import limits
+
 __all__ = ["MemoryMeter"]
 
 _SHARE = 0.05
@@ -22,8 +24,8 @@ _LOOK_AGAIN_S = 10.0
 class MemoryMeter:
     """Tells when this process holds more memory of its own than ``limit_bytes`` (None: never).
 
-    What counts is the unique set size: private pages, which the end of the process would give back, and not the
-    libraries and the dataset that a forked worker shares with its parent. It is dear to read. Resident memory is
+    What counts are private pages, which the end of the process would give back, and not the libraries and the dataset
+    that a forked worker shares with its parent, nor the batches in the arena. They are dear to count. Resident memory is
     cheap, and private memory grows at most as fast: so it is measured only when resident memory has grown enough since
     the last time, or pages that were shared may have been written to.
     """
@@ -56,5 +58,5 @@ class MemoryMeter:
         needless = may_hold <= self._limit and now < self._due + _LOOK_AGAIN_S
         if self._held and (early or needless):
             return
-        self._held, self._resident = self._process.memory_full_info().uss, resident
+        self._held, self._resident = limits.private_bytes(), resident
         self._due = now + (time.monotonic() - now) / _SHARE
