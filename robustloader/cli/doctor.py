@@ -9,6 +9,7 @@ from typing import Any
 
 from robustloader.checkup import doctor
 from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         dataset = load_dataset(options.dataset) if options.dataset else None
     except DatasetNameError as error:
-        print(f"robustloader doctor: {error}", file=sys.stderr)
+        print(as_line(f"robustloader doctor: {error}"), file=sys.stderr)
         return 2
     try:
         report = doctor(
@@ -53,7 +54,8 @@ def run(options: argparse.Namespace) -> int:
     except Exception as error:  # the user's dataset may raise anything
         if dataset is None:
             raise
-        print(f"robustloader doctor: loading one batch raised {type(error).__name__}: {error}", file=sys.stderr)
+        told = as_line(f"{type(error).__name__}: {error}")
+        print(f"robustloader doctor: loading one batch raised {told}", file=sys.stderr)
         return 1
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return 0 if report.ok else 1

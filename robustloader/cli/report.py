@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from robustloader.report import read_run
+from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
 
@@ -53,12 +54,12 @@ def run(options: argparse.Namespace) -> int:
     else:
         lead = found.leading
         if lead is not None and lead.total("batches"):
-            print(f"{lead.verdict}: {lead.advice}")
+            print(as_line(f"{lead.verdict}: {lead.advice}"))
             if len(found.ranks) > 1:
-                print(found.comparison.reason)
+                print(as_line(found.comparison.reason))
         print(f"wrote {target}")
     for note in found.notes:
-        print(f"robustloader report: {note}", file=sys.stderr)
+        print(f"robustloader report: {as_line(note)}", file=sys.stderr)
     return 0 if found.sound else 1
 
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 import robustloader
 from robustloader.report.run import Epoch, Interval, RankRun, Run, thin_intervals
-from robustloader.report.units import as_bytes, as_clock, as_count, as_percent, as_seconds
+from robustloader.telemetry.units import as_bytes, as_clock, as_count, as_percent, as_seconds
 
 __all__ = ["make_page"]
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustloader.report.run import Interval, RankRun, Run, thin_intervals
-from robustloader.report.units import as_bytes, as_clock, as_count, as_percent, as_seconds
+from robustloader.telemetry.units import as_bytes, as_clock, as_count, as_line, as_percent, as_seconds
 
 __all__ = ["make_screen"]
 
@@ -155,15 +155,15 @@ def _troubles(run: Run, room: int, width: int) -> RenderableType:
         return Text("none", style="green")
     lines = []
     for at, style, text in sorted(told, reverse=True)[:room]:
-        line = Text.assemble((as_clock(at)[11:] + " ", "dim"), (_one_line(text), style))
+        line = Text.assemble((as_clock(at)[11:] + " ", "dim"), (as_line(text), style))
         line.truncate(width, overflow="ellipsis")
         lines.append(line)
     return Group(*lines)
 
 
 def _foot(run: Run, note: str) -> list[Text]:
-    lines = [Text(_one_line(told), style="yellow") for told in run.notes if "no end" not in told]
-    return [*lines, Text(note, style="dim")] if note else lines
+    lines = [Text(as_line(told), style="yellow") for told in run.notes if "no end" not in told]
+    return [*lines, Text(as_line(note), style="dim")] if note else lines
 
 
 def _table(*columns: str) -> Table:
@@ -179,9 +179,4 @@ def _and_more(table: Table, left: int, what: str) -> RenderableType:
 
 def _plain(text: str) -> Text:
     """Text of the run's, in which nothing is markup."""
-    return Text(_one_line(text))
-
-
-def _one_line(text: str) -> str:
-    """Without line ends and escape sequences: sample names must not move the reader's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return Text(as_line(text))

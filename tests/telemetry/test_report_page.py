@@ -191,6 +191,18 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], argum
     assert (tmp_path / "run.jsonl").read_bytes() == text
 
 
+def test_what_the_run_says_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences in the names of events and ranks come to the terminal as text."""
+    run = tmp_path / "run.jsonl"
+    lines = [*made_run(rank="\x1b[2J0", epochs=1), *made_run(rank="1\x07", epochs=1, wait_s=0.5)]
+    lines.append(envelope("\x1b]0;owned\x07", BEGIN, "0"))
+    run.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(["report", str(run), "-o", str(tmp_path / "out.html")])
+    told = capsys.readouterr()
+    assert "]0;owned" in told.err and "is the slowest" in told.out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", told.out + told.err)
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
@@ -232,8 +244,8 @@ def test_a_hostile_run_runs_nothing(tmp_path: Path) -> None:
 
 
 @needs_chromium
-def test_theme_rank_and_zoom_can_be_chosen(tmp_path: Path) -> None:
-    """The button turns the theme, the list changes the charts' rank and the tables', a zoom has a way back."""
+def test_theme_and_rank_can_be_chosen(tmp_path: Path) -> None:
+    """The button turns the theme, the list changes the charts' rank and the tables'."""
     script = """
       const said = [];
       const parts = () => [...document.querySelectorAll("[data-rank]")].filter((e) => !e.hidden);
@@ -250,6 +262,39 @@ def test_theme_rank_and_zoom_can_be_chosen(tmp_path: Path) -> None:
     page = page_of(*(made_run(rank=str(r), epochs=2, wait_s=0.01 + 0.1 * (r == 2)) for r in range(3)))
     dom = shown(page, tmp_path, script=script, fragment="#theme=light")
     assert 'data-said="light&gt;dark; from 2; only 1"' in dom or 'data-said="light>dark; from 2; only 1"' in dom
+
+
+@needs_chromium
+def test_a_drag_zooms_all_charts_and_has_a_way_back(tmp_path: Path) -> None:
+    """Drawn over the middle of the first chart; "Show all" is there only while something is left out."""
+    script = """
+      (async () => {
+        const whole = document.getElementById("whole"), said = [];
+        const rest = () => new Promise((done) => setTimeout(done, 50));
+        const drawn = () => [...document.querySelectorAll(".plot canvas")].map((canvas) => canvas.toDataURL());
+        const changed = (from) => drawn().filter((image, number) => image !== from[number]).length;
+        await rest();
+        const before = drawn();
+        said.push(before.length + " charts", "hidden " + whole.hidden);
+        const over = document.querySelector(".u-over"), room = over.getBoundingClientRect();
+        const mouse = (what, share, target = over) => target.dispatchEvent(new MouseEvent(what, {
+          bubbles: true, button: 0, movementX: 9, clientX: room.left + share * room.width, clientY: room.top + 40 }));
+        mouse("mousemove", 0.3); mouse("mousedown", 0.3);
+        mouse("mousemove", 0.5); mouse("mousemove", 0.6); mouse("mouseup", 0.6, document);
+        await rest();
+        said.push(changed(before) + " zoomed", "hidden " + whole.hidden);
+        whole.click();
+        await rest();
+        over.dispatchEvent(new MouseEvent("mouseleave"));
+        await rest();
+        said.push(changed(before) + " differ", "hidden " + whole.hidden);
+        document.body.dataset.said = said.join("; ");
+      })();
+    """
+    dom = shown(page_of(made_run(epochs=3)), tmp_path, script=script, fragment="#theme=light")
+    assert re.search('data-said="([^"]*)"', dom)[1] == (  # type: ignore[index]
+        "5 charts; hidden true; 5 zoomed; hidden false; 0 differ; hidden true"
+    )
 
 
 @needs_chromium

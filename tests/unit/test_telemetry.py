@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -552,6 +553,12 @@ class TestFaultLog:
         assert log[3] in log
         with pytest.raises(IndexError):
             log[10]
+
+    def test_the_table_moves_no_cursor(self) -> None:
+        log = FaultLog()
+        log.append(FaultRecord(kind="exception", index="a\x1b[2Jb", error_type="E", message="c\x1b]0;x\x07d\x9be\r\nf"))
+        assert str(log).isascii() and not re.search("[\x00-\x09\x0b-\x1f]", str(log))
+        assert "a\\x1b[2Jb" in str(log) and "E: c ]0;x d e f" in str(log)
 
     def test_counts_are_over_all_ever_seen(self) -> None:
         log = self.filled(25)
