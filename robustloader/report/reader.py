@@ -258,12 +258,18 @@ def _incident(tell: Callable[[dict[str, Any]], str]) -> Callable[[_Account, floa
     return keep
 
 
+def _worker(entry: dict[str, Any]) -> str:
+    """Which worker, and which process: ``worker_pid``, since ``pid`` is the training process."""
+    pid = _whole(entry.get("worker_pid"))
+    return f"Worker {entry.get('worker_id')}" + (f" (pid {pid})" if pid else "")
+
+
 def _tell_crash(entry: dict[str, Any]) -> str:
     how = entry.get("signal") or f"exit status {entry.get('exitcode')}"
     index = "" if entry.get("index") is None else f", sample {_text(entry['index'], 200)}"
     tasks = _whole(entry.get("tasks"))
     return (
-        f"Worker {entry.get('worker_id')} died: {entry.get('cause')} ({how}), phase {entry.get('phase')}{index}; "
+        f"{_worker(entry)} died: {entry.get('cause')} ({how}), phase {entry.get('phase')}{index}; "
         f"{tasks} task{'' if tasks == 1 else 's'} replayed"
     )
 
@@ -271,7 +277,7 @@ def _tell_crash(entry: dict[str, Any]) -> str:
 def _tell_hang(entry: dict[str, Any]) -> str:
     index = "" if entry.get("index") is None else f", sample {_text(entry['index'], 200)}"
     return (
-        f"Worker {entry.get('worker_id')} was silent for {_number(entry.get('silent_s')):.1f} s in phase "
+        f"{_worker(entry)} was silent for {_number(entry.get('silent_s')):.1f} s in phase "
         f"{entry.get('phase')}{index}, and was killed"
     )
 
@@ -286,13 +292,13 @@ _ACTS: dict[str, Callable[[_Account, float, dict[str, Any]], None]] = {
     "WorkerHung": _incident(_tell_hang),
     "WorkerRestarted": _incident(
         lambda entry: (
-            f"Worker {entry.get('worker_id')} was started again (incarnation {entry.get('incarnation')}) after "
+            f"{_worker(entry)} was started again (incarnation {entry.get('incarnation')}) after "
             f"{_number(entry.get('waited_s')):.1f} s"
         )
     ),
     "WorkerRecycled": _incident(
         lambda entry: (
-            f"Worker {entry.get('worker_id')} was replaced: it held {_number(entry.get('used_bytes')) / 2**20:,.0f} "
+            f"{_worker(entry)} was replaced: it held {_number(entry.get('used_bytes')) / 2**20:,.0f} "
             f"MiB, {_number(entry.get('limit_bytes')) / 2**20:,.0f} MiB are allowed"
         )
     ),
@@ -308,6 +314,13 @@ _ACTS: dict[str, Callable[[_Account, float, dict[str, Any]], None]] = {
         lambda entry: (
             f"Memory is low: {_number(entry.get('free_bytes')) / 2**20:,.0f} MiB free, "
             f"{_number(entry.get('wanted_bytes')) / 2**20:,.0f} MiB wanted; {entry.get('remedy')}"
+        )
+    ),
+    "TransportDegraded": _incident(
+        lambda entry: (
+            f"Batches go through a socket instead of shared memory"
+            f"{'' if entry.get('worker_id') is None else ', from worker ' + str(entry['worker_id'])}: "
+            f"{entry.get('reason')}"
         )
     ),
     "ShardEnded": _incident(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustloader import EpochProgressed, Event, JsonlSink, PoolHealed, RobustLoaderWarning
+from robustloader.events import FaultRecord
 from robustloader.report import Interval, RunReader, Tail, read_run
 from robustloader.report.reader import SCHEMA
 from robustloader.report.run import merge_intervals, thin_intervals
+from robustloader.policies import TelemetryPolicy
+from robustloader.telemetry import Recorder, jsonl
 from tests.support.runs import BEGIN, envelope, fault, made_run, started, write_run
+from tests.support.telemetry import BATCHES, run_epoch
 
 
 def read_lines(*lines: Any, path: str = "run.jsonl") -> Any:
@@ -39,6 +45,70 @@ def test_a_run_is_read_back() -> None:
     assert Counter(mark.what for mark in rank.incidents)["WorkerCrashed"] == counts["WorkerCrashed"] > 0
     assert len(rank.intervals) == counts["EpochProgressed"] + counts["EpochFinished"]
     assert run.sound and run.notes == () and not rank.running
+
+
+# --- what the real sink writes ----------------------------------------------------------------------------------------
+
+
+def test_a_real_run_is_read_in_full(tmp_path: Path) -> None:
+    """Its summary, a fault, a death and every batch; the process that writes is the trainer, not the dead worker."""
+    path = tmp_path / "run.jsonl"
+    with JsonlSink(path) as sink:
+        summary = run_epoch(sink)
+    run = read_run([path])
+    assert run.sound and run.notes == ()
+    (rank,) = run.ranks
+    assert rank.pids == (os.getpid(),)
+    (epoch,) = rank.epochs
+    assert epoch.summary == summary and not epoch.running
+    assert sum(interval.batches for interval in rank.intervals) == summary.batches == BATCHES
+    assert {mark.what for mark in rank.incidents} == {"WorkerCrashed", "WorkerRestarted"}
+    crash = next(json.loads(line) for line in path.read_text().splitlines() if '"WorkerCrashed"' in line)
+    assert f"(pid {crash['worker_pid']}) died" in rank.incidents[0].text
+    assert [(group.sample, group.kind, group.action) for group in rank.faults] == [("50", "exception", "replaced")]
+
+
+def made_event(kind: type[Event]) -> Event:
+    """An event with something in every field."""
+    given: dict[str, Any] = {
+        "fault": FaultRecord(kind="exception", index=3),
+        "summary": Recorder(TelemetryPolicy()).begin_epoch(epoch=0, workers=0, usable_cpus=1, now_ns=0).summary(now_ns=1),
+        "statistics": {"batches": 4, "elapsed_s": 2.0},
+        "workers": [] if kind is EpochProgressed else 2,
+    }
+    values = {entry.name: given.get(entry.name, 1) for entry in fields(kind) if entry.name not in ("time", "epoch")}
+    return kind(epoch=0, **values)
+
+
+@pytest.mark.parametrize("kind", Event.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_every_event_is_known(tmp_path: Path, kind: type[Event]) -> None:
+    """Whatever the sink may write: none is passed over as one of an unknown version."""
+    with JsonlSink(tmp_path / "run.jsonl") as sink:
+        sink.receive(made_event(kind))
+    run = read_run([tmp_path / "run.jsonl"])
+    assert run.sources[0].unknown == {} and run.sources[0].damaged == 0
+    assert run.sources[0].lines == 2
+    texts = [mark.text for rank in run.ranks for mark in rank.incidents]
+    assert not [text for text in texts if "None" in text]
+
+
+def test_events_that_the_sink_lost_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many, once they can be written again."""
+    monkeypatch.setattr(jsonl, "_RETRY_S", 0.0)
+    path = tmp_path / "run.jsonl"
+    with JsonlSink(path) as sink:
+        path.mkdir()
+        with pytest.warns(RobustLoaderWarning, match="cannot be written"):
+            for _ in range(3):
+                sink.receive(PoolHealed(workers=2))
+        path.rmdir()
+        sink.receive(PoolHealed(workers=2))
+    run = read_run([path])
+    assert [rank.lost_events for rank in run.ranks] == [3]
+    assert "3 events could not be written" in run.notes[0]
+
+
+# --- what lines add up to ---------------------------------------------------------------------------------------------
 
 
 def test_intervals_add_up_to_the_summaries() -> None:

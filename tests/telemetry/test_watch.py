@@ -20,12 +20,16 @@ from typing import Any
 
 import pytest
 
-from robustloader import RobustDataLoader
+from torch.utils.data import Dataset
+
+from robustloader import JsonlSink, RobustDataLoader
 from robustloader.cli import main
 from robustloader.policies import TelemetryPolicy
 from robustloader.report import RunReader
 from tests.support.datasets import Raising, damaged
-from tests.support.runs import BEGIN, envelope, fault, made_run, started, write_run
+from tests.support.runs import BEGIN, fault, made_run, started, write_run
+from tests.support.telemetry import EVERY_BATCH_S
+from tests.support.watch import Gate, wait_at
 
 pytest.importorskip("rich")
 
@@ -34,20 +38,19 @@ PATIENCE_S = 60.0
 LEAVES_SCREEN = "\x1b[?1049l"
 
 
-class LineSink:
-    """The lines of a run, written by the test itself: what is under test is the reading."""
+class GatedFrom(Dataset):
+    """Another dataset, whose samples from ``first`` on wait at a gate."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, first: int, dataset: Any, gate: str) -> None:
+        self.first, self.dataset, self.gate = first, dataset, gate
 
-    def receive(self, event: Any) -> None:
-        told = event.to_dict()
-        fields = json.loads(json.dumps(told, default=lambda value: getattr(value, "__dict__", repr(value))))
-        self._file.write(json.dumps(envelope(fields.pop("event"), fields.pop("time"), "0", **fields)) + "\n")
-        self._file.flush()
+    def __len__(self) -> int:
+        return len(self.dataset)
 
-    def close(self) -> None:
-        self._file.close()
+    def __getitem__(self, index: int) -> Any:
+        if index >= self.first:
+            wait_at(self.gate)
+        return self.dataset[index]
 
 
 class Terminal:
@@ -120,27 +123,30 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 
 
 def test_a_run_is_followed_from_before_its_beginning(tmp_path: Path) -> None:
-    """The file may come later; what a real loader writes is shown while it runs; rotation loses nothing; q leaves."""
+    """The file may come later; what a real sink writes is shown while the run goes on, progress included; rotation
+    loses nothing; q leaves.
+    """
     path = tmp_path / "run.jsonl"
-    with watching(str(path)) as terminal:
+    with watching(str(path)) as terminal, Gate(tmp_path / "gate") as gate:
         terminal.await_text("waiting for")
-        sink = LineSink(path)
-        try:
+        with JsonlSink(path) as sink:
             loader = RobustDataLoader(
-                Raising(64, {5: damaged, 9: damaged}),
+                GatedFrom(48, Raising(64, {5: damaged, 9: damaged}), gate.path),
                 batch_size=4,
                 num_workers=2,
-                telemetry=TelemetryPolicy(sinks=(sink,)),
+                telemetry=TelemetryPolicy(sinks=(sink,), progress_s=EVERY_BATCH_S),
             )
             with pytest.warns(UserWarning, match="fault|sample|replaced"):
                 batches = iter(loader)
-                next(batches)
-                next(batches)
-                terminal.await_text("sample 5")  # while the epoch still runs
-                assert sum(1 for _ in batches) == 14
+                for number in range(12):
+                    next(batches)
+                    if number == 3:
+                        terminal.await_text("epoch 0 (running)")
+                        terminal.await_text("sample 5")
+                terminal.await_text("12 batches")  # all there are before the gate is opened: the epoch still runs
+                gate.open()
+                assert sum(1 for _ in batches) == 4
             terminal.await_text("epoch 0 (complete)")
-        finally:
-            sink.close()
         os.replace(path, tmp_path / "run.jsonl.1")
         append(path, started(time.time(), "0"), fault(time.time(), "0", 1, "after-the-rotation"))
         terminal.await_text("after-the-rotation")
