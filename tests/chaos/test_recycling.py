@@ -21,7 +21,7 @@ from robustloader import (
     WorkerRecycled,
     WorkerRestarted,
 )
-from tests.support.limited import MIB, Leaky, LeakyStream
+from tests.support.limited import MIB, Large, Leaky, LeakyStream
 from tests.support.listener import Listener, flat
 from tests.support.peek import await_idle
 from tests.support.watch import kill
