@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from typing import Any
 
@@ -12,6 +13,9 @@ from robustloader.cli.datasets import DatasetNameError, load_dataset
 from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
+
+
+_COUNT = re.compile("0*[1-9][0-9]{0,8}")
 
 
 def add_parser(commands: Any) -> None:
@@ -63,6 +67,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _count(text: str) -> int:
     """A whole number from 1 on."""
-    if not text.isdigit() or int(text) < 1:
+    if not _COUNT.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
         if any(os.path.exists(target) and os.path.samefile(target, path) for path in options.files):
             return _refuse(f"{target} is one of the files to read: name another page with -o")
+        if os.path.isdir(target):
+            return _refuse(f"cannot write {target}: it is a folder")
         try:
             _write(Path(target), make_page(found, made_at=time.time()))
         except OSError as error:
@@ -76,5 +78,5 @@ def _write(target: Path, text: str) -> None:
 
 
 def _refuse(reason: str) -> int:
-    print(f"robustloader report: {reason}", file=sys.stderr)
+    print(as_line(f"robustloader report: {reason}"), file=sys.stderr)
     return 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from robustloader.report import RunReader, Tail, find_parts
+from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
 
@@ -78,9 +79,11 @@ def run(options: argparse.Namespace) -> int:
     except ImportError:
         return _refuse("rich is missing: pip install 'robustloader[watch]'")
     console = Console(highlight=False)
-    folders = [path for path in options.files if os.path.isdir(path)]
-    if folders:
-        return _refuse(f"{folders[0]} is a folder: name the file in it")
+    for path in options.files:
+        if os.path.isdir(path):
+            return _refuse(f"{path} is a folder: name the file in it")
+        if os.path.exists(path) and not os.path.isfile(path):
+            return _refuse(f"{path} is no file: a pipe or a device cannot be followed")
     try:
         watched = _Watched(list(dict.fromkeys(options.files)))
         try:
@@ -153,5 +156,5 @@ def _no_keys(wait_s: float) -> str:
 
 
 def _refuse(reason: str) -> int:
-    print(f"robustloader watch: {reason}", file=sys.stderr)
+    print(as_line(f"robustloader watch: {reason}"), file=sys.stderr)
     return 2

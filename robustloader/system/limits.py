@@ -39,6 +39,10 @@ __all__ = [
     "usable_cpus",
 ]
 
+_SHARED_NAME = re.compile(r"torch_([0-9]+)_[A-Za-z0-9_-]+|sem\.[A-Za-z0-9_.-]+")
+"""As torch and multiprocessing name entries. Nothing that a shell or a terminal would take for more than a name: they
+are printed as arguments of ``rm``."""
+
 _FEW_PROCESSES = 8_192
 """A limit above this is not compared with what the user's processes take: counting them costs milliseconds."""
 
@@ -153,10 +157,8 @@ def _stale_entries(root: str, folder: str) -> dict[str, int]:
     candidates: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
-            owner = re.match(r"torch_(\d+)_", entry.name)
-            if owner is None and not entry.name.startswith("sem."):
-                continue
-            if owner is not None and os.path.exists(os.path.join(root, "proc", owner[1])):
+            named = _SHARED_NAME.fullmatch(entry.name)
+            if named is None or (named[1] and os.path.exists(os.path.join(root, "proc", named[1]))):
                 continue
             with contextlib.suppress(OSError):
                 state = entry.stat(follow_symlinks=False)

@@ -217,8 +217,8 @@ class EpochSummary:
         """The epoch in one line, for logs."""
         text = (
             f"epoch {self.epoch}{'' if self.complete else ' (not complete)'}: {as_count(self.batches)} batches, "
-            f"{as_count(self.samples)} samples in {as_seconds(self.duration_s)} ({as_count(self.samples_per_s)} samples/s), "
-            f"waited {as_percent(self.wait_fraction)}"
+            f"{as_count(self.samples)} samples in {as_seconds(self.duration_s)} "
+            f"({as_count(self.samples_per_s)} samples/s), waited {as_percent(self.wait_fraction)}"
         )
         troubles = [
             f"{name} {as_count(number)}"

@@ -25,9 +25,9 @@ class MemoryMeter:
     """Tells when this process holds more memory of its own than ``limit_bytes`` (None: never).
 
     What counts are private pages, which the end of the process would give back, and not the libraries and the dataset
-    that a forked worker shares with its parent, nor the batches in the arena. They are dear to count. Resident memory is
-    cheap, and private memory grows at most as fast: so it is measured only when resident memory has grown enough since
-    the last time, or pages that were shared may have been written to.
+    that a forked worker shares with its parent, nor the batches in the arena. They are dear to count. Resident memory
+    is cheap, and private memory grows at most as fast: so it is measured only when resident memory has grown enough
+    since the last time, or pages that were shared may have been written to.
     """
 
     def __init__(self, limit_bytes: int | None) -> None:

@@ -18,6 +18,7 @@ import robustloader
 from robustloader import OptionError, doctor
 from robustloader.cli import main
 from robustloader.cli.datasets import DatasetNameError, load_dataset
+from tests.support.datasets import Raising
 from tests.support.limited import MIB, Exhausting, Large, LeakyStream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,7 @@ def test_a_dataset() -> None:
     [
         ["--batch-size", "0"],
         ["--num-workers", "-1"],
+        ["--num-workers", "²"],
         ["--prefetch-factor", "two"],
         ["--dataset", "nowhere:make"],
         ["--dataset", "tests.support.limited"],
@@ -101,6 +103,28 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
     """Status 2, and one line that says what is wrong."""
     assert main(["doctor", *arguments]) == 2
     assert "robustloader doctor: " in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves() -> None:
+    """``robustloader doctor | true``: no traceback, and the status of a program that SIGPIPE ends."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "robustloader", "doctor"], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, timeout=80
+        )
+    finally:
+        os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_what_a_dataset_raises_moves_no_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escape sequences in its message come to the terminal as text."""
+    monkeypatch.setattr("tests.support.limited.make_large", lambda: Raising(8, {0: lambda index: OSError("a\x1b[2Jb")}))
+    assert main(["doctor", "--dataset", "tests.support.limited:make_large"]) == 1
+    assert "a [2Jb" in capsys.readouterr().err
 
 
 def test_a_dataset_that_raises(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,8 @@ def test_damage_is_said_and_the_page_is_made(
         (["report", "{tmp}/none.jsonl"], "cannot read {tmp}/none.jsonl: No such file"),
         (["report", "{tmp}"], "cannot read {tmp}"),
         (["report", "{tmp}/run.jsonl", "-o", "{tmp}/none/page.html"], "cannot write {tmp}/none/page.html"),
+        (["report", "{tmp}/run.jsonl", "-o", "{tmp}"], "cannot write {tmp}: it is a folder"),
+        (["report", "{tmp}/run.jsonl", "-o", "."], "cannot write .: it is a folder"),
         (["report", "{tmp}/run.jsonl", "-o", "{tmp}/run.jsonl"], "is one of the files to read"),
         (["report"], "required: FILE"),
     ],

@@ -245,6 +245,7 @@ def test_a_frame_fits_its_window() -> None:
     [
         (["watch", "--once", "{tmp}/none.jsonl"], "cannot read {tmp}/none.jsonl"),
         (["watch", "{tmp}"], "is a folder"),
+        (["watch", "--once", "/dev/null"], "/dev/null is no file"),
         (["watch"], "required: FILE"),
     ],
 )

@@ -164,6 +164,8 @@ def test_what_dead_processes_left_behind(root: Path) -> None:
             "dev/shm/sem.mp-dead": "x",
             "dev/shm/sem.mp-used": "x",
             "dev/shm/my_cache": "none of our business",
+            "dev/shm/torch_17_;reboot": "not torch's, and no argument for rm",
+            "dev/shm/sem.\x1b[2J": "not multiprocessing's",
             "proc/18/maps": "7f00-7f01 rw-s 00000000 00:1a 5 /dev/shm/sem.mp-used",
             "proc/20/maps": "7f00-7f01 rw-s 00000000 00:1a 5 /dev/shm/torch_19_3_0",
         },
