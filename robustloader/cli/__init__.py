@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0 when all is well, 1 when a check found trouble, 2 for bad arguments, 130 after Ctrl-C, 141 where whoever
-        read the output has left (128 and the signal's number, as a shell would say).
+        The exit status: 0 when all is well, 1 when a check found trouble, 2 for bad arguments, 130 after Ctrl-C, 141
+        where whoever read the output has left (128 and the signal's number, as a shell would say).
     """
     parser = argparse.ArgumentParser(prog="robustloader", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {robustloader.__version__}")

@@ -5,9 +5,9 @@ the start of the worker processes, which says nothing about how fast they load.
 
 *Sources*: the verdict reads the share of its time that the consumer waits. In grain each node of a pipeline tells the
 share of the time that the pipeline waits for it (``ExecutionSummary.Node.wait_time_ratio``,
-https://github.com/google/grain/blob/main/grain/proto/execution_summary.proto); here there is one such node. How busy the producers
-are tells a steady shortage from bursts: SPDL reads it off the time that they are blocked in ``put`` and the time that
-the consumer is blocked in ``get`` (``QueuePerfStats``, ``ave_put_time`` and ``ave_get_time``,
+https://github.com/google/grain/blob/main/grain/proto/execution_summary.proto); here there is one such node. How busy
+the producers are tells a steady shortage from bursts: SPDL reads it off the time that they are blocked in ``put`` and
+the time that the consumer is blocked in ``get`` (``QueuePerfStats``, ``ave_put_time`` and ``ave_get_time``,
 https://facebookresearch.github.io/spdl/latest/optimization_guide/stats.html). The number of batches that lie ready, its
 ``occupancy_rate``, is told but not judged by: batches come in order, and while one is waited for, later ones pile up
 although every worker is busy. The thresholds are argued below, each at its place.

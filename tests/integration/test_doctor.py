@@ -111,7 +111,11 @@ def test_a_reader_that_leaves() -> None:
     os.close(ours)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "robustloader", "doctor"], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, timeout=80
+            [sys.executable, "-m", "robustloader", "doctor"],
+            cwd=ROOT,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            timeout=80,
         )
     finally:
         os.close(theirs)

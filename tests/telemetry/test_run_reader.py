@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from robustloader import EpochProgressed, Event, JsonlSink, PoolHealed, RobustLoaderWarning
 from robustloader.events import FaultRecord
+from robustloader.policies import TelemetryPolicy
 from robustloader.report import Interval, RunReader, Tail, read_run
 from robustloader.report.reader import SCHEMA
 from robustloader.report.run import merge_intervals, thin_intervals
-from robustloader.policies import TelemetryPolicy
 from robustloader.telemetry import Recorder, jsonl
 from tests.support.runs import BEGIN, envelope, fault, made_run, started, write_run
 from tests.support.telemetry import BATCHES, run_epoch
@@ -70,9 +70,10 @@ def test_a_real_run_is_read_in_full(tmp_path: Path) -> None:
 
 def made_event(kind: type[Event]) -> Event:
     """An event with something in every field."""
+    recording = Recorder(TelemetryPolicy()).begin_epoch(epoch=0, workers=0, usable_cpus=1, now_ns=0)
     given: dict[str, Any] = {
         "fault": FaultRecord(kind="exception", index=3),
-        "summary": Recorder(TelemetryPolicy()).begin_epoch(epoch=0, workers=0, usable_cpus=1, now_ns=0).summary(now_ns=1),
+        "summary": recording.summary(now_ns=1),
         "statistics": {"batches": 4, "elapsed_s": 2.0},
         "workers": [] if kind is EpochProgressed else 2,
     }

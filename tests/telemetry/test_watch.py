@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from torch.utils.data import Dataset
 
 from robustloader import JsonlSink, RobustDataLoader
