@@ -43,8 +43,8 @@ class _Watched:
         self._tails = {path: Tail(path) for path in paths}
         for path in paths:
             for part in find_parts(Path(path))[:-1] if os.path.exists(path) else ():
-                with contextlib.suppress(FileNotFoundError), part.open("rb") as file:
-                    for line in file:
+                with contextlib.closing(Tail(part)) as older:
+                    for line in older.poll():
                         self._reader.add(path, line)
 
     def poll(self) -> bool:

@@ -77,7 +77,8 @@ class PrometheusSink(ConfiguredSink):
     Runs in: the training process. The HTTP server is started at the first event, in a thread of its own, so that worker
     processes that import the user's script start none; :meth:`start` starts it at once. Loaders may share a sink; give
     each a sink of its own, with a label such as ``{"loader": "train"}``, to tell them apart. Sinks with the same port
-    share one server.
+    share one server. Two sinks of one loader count everything twice where they share registry and labels: for a port
+    and a file, give one sink both.
 
     Args:
         port: TCP port to serve ``/metrics`` on; 0 takes a free one (see ``port`` after the start). Each process of a

@@ -199,6 +199,20 @@ def test_counters_only_go_up(registry: Any) -> None:
         assert progress(loader, epoch, batches) == total
 
 
+def test_labels_may_hold_anything(tmp_path: Path, registry: Any) -> None:
+    """Quotes, line ends, braces and backslashes come out of the page and the file as they went in."""
+    hostile = 'tr"a\nin\\ }{,="é'
+    path = tmp_path / "run.prom"
+    sink = PrometheusSink(port=0, address="127.0.0.1", textfile=path, registry=registry, labels={"loader": hostile})
+    try:
+        run_epoch(sink, workers=0)
+        page = fetch(f"http://127.0.0.1:{sink.port}/metrics")
+    finally:
+        sink.close()
+    for text in (page, path.read_text("utf-8")):
+        assert samples(text)["robustloader_samples_total", hostile] == BATCHES * BATCH_SIZE
+
+
 def test_loaders_share_a_port_but_not_their_labels(registry: Any) -> None:
     """One server for a process, until the last sink goes."""
     train = PrometheusSink(port=0, address="127.0.0.1", registry=registry, labels={"loader": "train"})
