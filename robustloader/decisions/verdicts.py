@@ -245,10 +245,11 @@ def _watching(facts: HostFacts) -> Check | None:
 
 
 def _planned(facts: HostFacts, sample: SampleFacts) -> Iterator[Check]:
+    tensors = f"{sample.tensors} tensor{'' if sample.tensors == 1 else 's'}"
     yield Check(
         name="batch",
         verdict="ok",
-        finding=f"{gib(sample.batch_bytes)} in {sample.tensors} tensors, loaded in {sample.load_s:.3g} s by one worker",
+        finding=f"{gib(sample.batch_bytes)} in {tensors}, loaded in {sample.load_s:.3g} s by one worker",
         facts={"bytes": sample.batch_bytes, "tensors": sample.tensors, "load_s": sample.load_s},
     )
     yield _batches(facts, sample)
