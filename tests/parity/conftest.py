@@ -13,7 +13,7 @@ __all__ = ["sharer_stopped", "transport"]
 
 
 @pytest.fixture(autouse=True)
-def sharer_stopped(no_leaks: None) -> Iterator[None]:
+def sharer_stopped(leaves_nothing: None) -> Iterator[None]:
     """torch passes tensors to workers through a listening socket that multiprocessing then keeps."""
     yield
     resource_sharer.stop()
