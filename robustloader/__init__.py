@@ -52,6 +52,7 @@ from robustloader.telemetry import (
     Statistics,
     TensorBoardSink,
 )
+from robustloader.tuning import TuningReport, tune
 
 __version__ = "0.1.0"
 
@@ -95,6 +96,7 @@ __all__ = [
     "TelemetryPolicy",
     "TensorBoardSink",
     "TransportDegraded",
+    "TuningReport",
     "WorkerCrashError",
     "WorkerCrashed",
     "WorkerError",
@@ -104,4 +106,5 @@ __all__ = [
     "WorkerRestarted",
     "WorkerStartError",
     "doctor",
+    "tune",
 ]

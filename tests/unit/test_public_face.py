@@ -64,6 +64,7 @@ NAMES = (
     "TaskReplayed",
     "TelemetryPolicy",
     "TensorBoardSink",
+    "TuningReport",
     "WorkerCrashError",
     "WorkerCrashed",
     "WorkerError",
@@ -73,6 +74,7 @@ NAMES = (
     "WorkerRestarted",
     "WorkerStartError",
     "doctor",
+    "tune",
 )
 OURS = ("faults", "recovery", "memory", "telemetry", "seeding", "transport")
 
