@@ -52,7 +52,7 @@ from robustloader.telemetry import (
     Statistics,
     TensorBoardSink,
 )
-from robustloader.tuning import TuningReport, tune
+from robustloader.tuning import Comparison, TuningReport, compare, tune
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ __all__ = [
     "BatchDelivered",
     "BatchInfo",
     "ChromeTraceSink",
+    "Comparison",
     "EpochFinished",
     "EpochProgressed",
     "EpochSummary",
@@ -105,6 +106,7 @@ __all__ = [
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "compare",
     "doctor",
     "tune",
 ]

@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 
-__all__ = ["count", "counts", "seconds_above_0", "seconds_at_least_0"]
+__all__ = ["count", "count_or_0", "counts", "seconds_above_0", "seconds_at_least_0"]
 
 
 def count(text: str) -> int:
     """A whole number from 1 on."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def count_or_0(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from robustloader.tuning.comparison import Comparison, compare
 from robustloader.tuning.report import TuningReport
 from robustloader.tuning.search import tune
 
-__all__ = ["TuningReport", "tune"]
+__all__ = ["Comparison", "TuningReport", "compare", "tune"]

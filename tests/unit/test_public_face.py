@@ -30,6 +30,7 @@ NAMES = (
     "BatchDelivered",
     "BatchInfo",
     "ChromeTraceSink",
+    "Comparison",
     "EpochFinished",
     "EpochProgressed",
     "EpochSummary",
@@ -73,6 +74,7 @@ NAMES = (
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "compare",
     "doctor",
     "tune",
 )
