@@ -36,7 +36,7 @@ class Difference:
 
 
 Found = tuple[str, str, str, str] | None
-Leaves = Callable[[Any, Any], "tuple[str, str, str, str] | None | bool"]
+Leaves = Callable[[Any, Any], "tuple[str, str, str, str] | bool | None"]
 
 
 def find_difference(first: Any, second: Any, leaves: Leaves, path: str = "batch") -> Found:
@@ -54,7 +54,7 @@ def find_difference(first: Any, second: Any, leaves: Leaves, path: str = "batch"
         return path, "type", type(first).__qualname__, type(second).__qualname__
     found = leaves(first, second)
     if found is not False:
-        return None if found is None else (path + found[0], *found[1:])  # type: ignore[index,return-value]
+        return None if found is None else (path + found[0], *found[1:])  # type: ignore[index]
     if isinstance(first, Mapping):
         if list(first) != list(second):
             return path, "keys", _short(list(first)), _short(list(second))
@@ -94,7 +94,8 @@ def _same(first: Any, second: Any) -> bool:
 
 def _state(thing: Any) -> Any:
     """What an object without an ``__eq__`` of its own consists of."""
-    return vars(thing) if type(thing).__eq__ is object.__eq__ and hasattr(thing, "__dict__") else None
+    own = any("__eq__" in vars(kind) for kind in type(thing).__mro__[:-1])
+    return vars(thing) if not own and hasattr(thing, "__dict__") else None
 
 
 def _short(value: Any) -> str:

@@ -41,9 +41,12 @@ KNEE_GAIN = 0.05
 OVERSUBSCRIPTION = 4
 """Workers per processor at most, for samples that mostly wait (for storage, a network)."""
 
-MAX_ROUNDS = 6
+MAX_ROUNDS = 8
 STEADY_ROUNDS = 3
 """A recommendation that stood for so many rounds is taken."""
+
+STRIDE = 2
+"""Upwards the search takes so many steps of the grid at once; what lies between is looked at when it has gone too far."""
 
 HOPELESS = 0.7
 """A candidate below this share of the best throughput is not measured again."""
@@ -171,8 +174,8 @@ def plan_grid(ceiling: int) -> tuple[int, ...]:
 class Explorer:
     """Says which candidate is measured next.
 
-    It begins with the model's knee, its neighbours, no worker and one; after each round it looks one step up while that
-    still pays, one step down from the knee, and drops what is hopeless. The order turns round from round to round, so
+    It begins with the model's knee, its neighbours, and none to two workers; after each round it looks further up while
+    that still pays, halves the gaps beside the knee, and drops what is far from it or hopeless. The order turns round from round to round, so
     that a drift of the machine does not favour one.
 
     Attributes:
@@ -194,12 +197,12 @@ class Explorer:
             self._active = set(self.grid)
             return
         place = self.grid.index(self.model.knee(self.grid))
-        self._active = {*self.grid[max(0, place - 1) : place + 2], *(n for n in self.grid if n <= 1)}
+        self._active = {*self.grid[max(0, place - 1) : place + 2], *(n for n in self.grid if n <= 2)}
 
     def limit(self, ceiling: int) -> None:
         """Leave out what is above ``ceiling``: a measurement showed that it would not fit."""
         self.grid = tuple(number for number in self.grid if number <= ceiling)
-        self._active &= set(self.grid)
+        self._active = (self._active & set(self.grid)) | set(self.grid[-1:])
         self._queue = [number for number in self._queue if number <= ceiling]
 
     def next(self) -> int | None:
@@ -239,11 +242,20 @@ class Explorer:
         best = max(rates.values())
         knee = choose(rates)
         self._knees.append(knee)
-        self._active = {n for n in self._active if rates.get(n, best) >= HOPELESS * best}
-        place = self.grid.index(knee) if knee in self.grid else 0
-        # Both neighbours of the knee must have been seen, else nobody knows that it is one.
-        self._active |= {n for n in self.grid[max(0, place - 1) : place + 2] if n not in rates}
-        self._active.add(knee)
+        below = max((n for n in rates if n < knee), default=None)
+        above = min((n for n in rates if n > knee), default=None)
+        self._active = {n for n in (below, knee, above) if n in self.grid and rates[n] >= HOPELESS * best}
+        # Both neighbours of the knee must have been seen, else nobody knows that it is one: halve the gaps on its sides.
+        self._add_middle(-1 if below is None else below, knee)
+        if above is not None:
+            self._add_middle(knee, above)
+        else:
+            self._active.update([n for n in self.grid if n > knee][:STRIDE][-1:])
+
+    def _add_middle(self, low: int, high: int) -> None:
+        between = [number for number in self.grid if low < number < high]
+        if between:
+            self._active.add(between[len(between) // 2])
 
     def _settled(self) -> bool:
         if self._round >= MAX_ROUNDS or not self._active:

@@ -115,7 +115,8 @@ def compare(dataset: Any, *, batches: int | None = None, **loader_kwargs: Any) -
         if not count and difference is None:
             raise ValueError("the dataset is empty: there is no batch to compare")
         own = _differ(runs.torchs, runs.torchs)[1] if difference is not None else None
-        torchs, ours = [], []
+        torchs: list[float] = []
+        ours: list[float] = []
         for number in range(ROUNDS):
             for kind, times in ((runs.torchs, torchs), (runs.ours, ours))[:: -1 if number % 2 else 1]:
                 times.append(_rate(kind))
@@ -160,7 +161,9 @@ class _Runs:
         memo = {id(self._dataset): self._dataset}
         for name in ("sampler", "batch_sampler", "generator"):
             if common.get(name) is not None:
-                common[name] = _copy_generator(common[name]) if name == "generator" else copy.deepcopy(common[name], memo)
+                common[name] = (
+                    _copy_generator(common[name]) if name == "generator" else copy.deepcopy(common[name], memo)
+                )
         dataset = copy_sharing_data(self._dataset) if self._in_process else self._dataset
         iterator = iter(kind(dataset, **common, **options))
         try:
@@ -209,7 +212,7 @@ def _rate(kind: Any) -> float:
         return count / (time.perf_counter() - begun)
 
 
-def _compare_leaves(first: Any, second: Any) -> tuple[str, str, str, str] | None | bool:
+def _compare_leaves(first: Any, second: Any) -> tuple[str, str, str, str] | bool | None:
     """Tensors and arrays: dtype, shape, then bits; NaNs are alike whatever their bits."""
     if isinstance(first, torch.Tensor):
         if first.dtype != second.dtype:
@@ -244,4 +247,3 @@ def _first_wrong(first: Any, second: Any, places: Any) -> tuple[str, str, str, s
     place = tuple(int(number) for number in places[0])
     path = f"[{', '.join(map(str, place))}]" if place else ""
     return path, "value", repr(first[place].item()), repr(second[place].item())
-

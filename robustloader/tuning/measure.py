@@ -50,7 +50,7 @@ class Walk(Sampler[int]):
             random.Random(0).shuffle(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        while True:
+        while self._size:
             index = self._order[self._place % self._size]
             self._place += 1
             yield index

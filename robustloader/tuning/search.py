@@ -210,12 +210,17 @@ def _progress(seconds: float) -> Callable[[], contextlib.AbstractContextManager[
     def show() -> Iterator[Callable[[str], None]]:
         begun = time.monotonic()
         try:
-            from tqdm import tqdm
+            import tqdm
         except ImportError:
             yield lambda text: print(f"tune: {time.monotonic() - begun:4.1f} s  {text}", file=sys.stderr, flush=True)
             return
         layout = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
-        with tqdm(total=seconds, desc="tune", file=sys.stderr, leave=False, bar_format=layout) as bar:
+
+
+        class Bar(tqdm.tqdm):  # type: ignore[type-arg]
+            monitor_interval = 0  # no thread of tqdm's is left behind in a process that may fork
+
+        with Bar(total=seconds, desc="tune", file=sys.stderr, leave=False, bar_format=layout) as bar:
 
             def tell(text: str) -> None:
                 bar.n = min(seconds, time.monotonic() - begun)

@@ -20,6 +20,16 @@ from tests.support.tuned import Clock, Drawing, NoCopy, Stream, Waiting, make_em
 NAME = "tests.support.tuned"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """matplotlib keeps the files of its fonts open for good once it has drawn."""
+    figures = pytest.importorskip("matplotlib.figure")
+    figure = figures.Figure()
+    figure.subplots().set_title("0")
+    for suffix in ("png", "svg"):
+        figure.savefig(tmp_path_factory.mktemp("fonts") / f"0.{suffix}")
+
+
 def quick(dataset: Any, **options: Any) -> Any:
     arguments = {"batch_size": 4, "candidates": (0, 1, 2), "seconds": 2, "progress": False}
     return tune(dataset, **(arguments | options))

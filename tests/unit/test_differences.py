@@ -42,7 +42,7 @@ class Hostile:
 
 
 def tensor(*values: float) -> torch.Tensor:
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

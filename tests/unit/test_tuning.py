@@ -62,6 +62,16 @@ class Fake:
         return search(self, **(arguments | options), clock=lambda: self.now)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """matplotlib keeps the files of its fonts open for good once it has drawn."""
+    figures = pytest.importorskip("matplotlib.figure")
+    figure = figures.Figure()
+    figure.subplots().set_title("0")
+    for suffix in ("png", "svg"):
+        figure.savefig(tmp_path_factory.mktemp("fonts") / f"0.{suffix}")
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen processors, 100 GiB, no other limit."""
