@@ -101,7 +101,9 @@ class Outcome:
 
 def simulate(setup: Setup, batches: int, *, seed: int = 0) -> Outcome:
     """Simulate an epoch of so many batches."""
-    return _Simulation(setup, batches, random.Random(seed)).run() if setup.workers else _in_process(setup, batches, seed)
+    return (
+        _Simulation(setup, batches, random.Random(seed)).run() if setup.workers else _in_process(setup, batches, seed)
+    )
 
 
 def _in_process(setup: Setup, batches: int, seed: int) -> Outcome:

@@ -46,7 +46,7 @@ STEADY_ROUNDS = 3
 """A recommendation that stood for so many rounds is taken."""
 
 STRIDE = 2
-"""Upwards the search takes so many steps of the grid at once; what lies between is looked at when it has gone too far."""
+"""Upwards the search takes so many steps of the grid at once; it comes back where it has gone too far."""
 
 HOPELESS = 0.7
 """A candidate below this share of the best throughput is not measured again."""
@@ -175,8 +175,8 @@ class Explorer:
     """Says which candidate is measured next.
 
     It begins with the model's knee, its neighbours, and none to two workers; after each round it looks further up while
-    that still pays, halves the gaps beside the knee, and drops what is far from it or hopeless. The order turns round from round to round, so
-    that a drift of the machine does not favour one.
+    that still pays, halves the gaps beside the knee, and drops what is far from it or hopeless. The order turns round
+    from round to round, so that a drift of the machine does not favour one.
 
     Attributes:
         grid: candidates, ascending.
@@ -242,10 +242,13 @@ class Explorer:
         best = max(rates.values())
         knee = choose(rates)
         self._knees.append(knee)
+        if self.model is None:  # the caller named the candidates: all of them stay that have a chance
+            self._active = {n for n in self._active if rates.get(n, best) >= HOPELESS * best}
+            return
         below = max((n for n in rates if n < knee), default=None)
         above = min((n for n in rates if n > knee), default=None)
         self._active = {n for n in (below, knee, above) if n in self.grid and rates[n] >= HOPELESS * best}
-        # Both neighbours of the knee must have been seen, else nobody knows that it is one: halve the gaps on its sides.
+        # Both neighbours of the knee must have been seen, else nobody knows that it is one: halve the gaps.
         self._add_middle(-1 if below is None else below, knee)
         if above is not None:
             self._add_middle(knee, above)

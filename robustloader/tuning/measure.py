@@ -44,15 +44,15 @@ class Walk(Sampler[int]):
 
     def __init__(self, size: int, *, shuffle: bool) -> None:
         self._size = size
-        self._order = list(range(size))
+        self._chance = random.Random(0) if shuffle else None
         self._place = 0
-        if shuffle:
-            random.Random(0).shuffle(self._order)
 
     def __iter__(self) -> Iterator[int]:
         while self._size:
-            index = self._order[self._place % self._size]
-            self._place += 1
+            if self._chance is not None:  # drawn, not shuffled: a list of all indices may be gigabytes
+                yield self._chance.randrange(self._size)
+                continue
+            index, self._place = self._place, (self._place + 1) % self._size
             yield index
 
 

@@ -216,7 +216,6 @@ def _progress(seconds: float) -> Callable[[], contextlib.AbstractContextManager[
             return
         layout = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
-
         class Bar(tqdm.tqdm):  # type: ignore[type-arg]
             monitor_interval = 0  # no thread of tqdm's is left behind in a process that may fork
 

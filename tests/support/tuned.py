@@ -63,7 +63,10 @@ class Clock(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         odd = float(time.perf_counter_ns() ^ os.getpid()) if index == 9 else 0.0
-        return {"label": index, "image": (torch.full((2, 3), float("nan")), torch.tensor([0.0, odd], dtype=torch.float64))}
+        return {
+            "label": index,
+            "image": (torch.full((2, 3), float("nan")), torch.tensor([0.0, odd], dtype=torch.float64)),
+        }
 
 
 class Fails(Dataset):
