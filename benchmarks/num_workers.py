@@ -1,16 +1,17 @@
 """How does throughput depend on num_workers, prefetch_factor and batch size, for seven kinds of dataset?
 
-Question: where is the best number of workers, what does a crossing cost, what does oversubscription do, and how near are
-    ``tune()``'s choice and the simulator to what is measured?
-Method: each kind with 0 to 8 workers, through this project's loader and torch's; every setting has a turn in each round,
-    in an order that turns round. Prefetch 1 to 8 and three batch sizes with the best number of workers. A turn is a fresh
-    loader; a batch of each worker, and two at least, are not counted, then whole turns of the workers are. The simulator
-    gets the load time, processor time and crossing time that one process shows, and its error is |simulated − measured| /
-    measured. ``tune()`` has a fifth of the time that the sweep of this loader took.
-Trap: turns follow each other on one machine that may slow down meanwhile: compare within a row. On a machine that does
-    something else too, the figures mean nothing.
-Rerun: ``python -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images`` (half an hour on a
-    quiet machine), or ``--quick`` for a form that proves that it runs.
+Question: where is the best number of workers, what does a crossing cost, what does oversubscription do, and how
+    near are ``tune()``'s choice and the simulator to what is measured?
+Method: each kind with 0 to 8 workers, through this project's loader and torch's; every setting has a turn in each
+    round, in an order that turns round. Prefetch 1 to 8 and three batch sizes with the best number of workers. A
+    turn is a fresh loader; a batch of each worker, and two at least, are not counted, then whole turns of the
+    workers are. The simulator gets the load time, processor time and crossing time that one process shows, and its
+    error is |simulated − measured| / measured. ``tune()`` has a fifth of the time that the sweep of this loader
+    took.
+Trap: turns follow each other on one machine that may slow down meanwhile: compare within a row. On a machine that
+    does something else too, the figures mean nothing.
+Rerun: ``python -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images`` (half an
+    hour on a quiet machine), or ``--quick`` for a form that proves that it runs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What would happen with 8 to 256 workers, and on thousands of ranks? Simulated, not measured.
 
-Question: where is the knee for a rank with many processors; how many jobs does a loader without recovery lose, given the
-    mean time between deaths of a worker; and what do the deaths cost where it recovers?
-Method: ``robustloader.decisions.simulator``, which its unit tests hold against closed forms. A batch takes 0.4 s to load,
-    1 % of them ten times as long; half of that is work for 32 processors; crossing takes 2 ms, a step 20 ms. What a death
-    costs is the difference between a run with deaths and one without, same seed, over the number of deaths. A job needs
-    all of its ranks, and they step together: each death stalls all.
+Question: where is the knee for a rank with many processors; how many jobs does a loader without recovery lose,
+    given the mean time between deaths of a worker; and what do the deaths cost where it recovers?
+Method: ``robustloader.decisions.simulator``, which its unit tests hold against closed forms. A batch takes 0.4 s to
+    load, 1 % of them ten times as long; half of that is work for 32 processors; crossing takes 2 ms, a step 20 ms.
+    What a death costs is the difference between a run with deaths and one without, same seed, over the number of
+    deaths. A job needs all of its ranks, and they step together: each death stalls all.
 Trap: nothing here was measured on such a machine. Deaths are independent and exponential; real ones come in groups.
 Rerun: ``python -m benchmarks.scale --out benchmarks/results/scale.json --plot docs/images`` (a minute).
 """
