@@ -191,6 +191,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         worst = max(made["simulator_error"].values())
         axes.set_title(f"{kind} (simulator off by up to {worst:.0%})", fontsize=9)
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     for axes in list(panels.flat)[len(kinds) :]:
         axes.set_visible(False)
