@@ -389,7 +389,7 @@ def _reason(rows: list[Row], chosen: Row, verdict: Verdict, step_s: float, ceili
         cause = f": {ceiling.reason}" if ceiling and ceiling.workers <= chosen.num_workers else " of those measured"
         words.append(f"It is the largest number{cause}.")
     else:
-        words.append("More workers were no faster.")
+        words.append("More workers, as far as measured, were no faster.")
     if chosen.num_workers == 0 and len(rows) > 1:
         words.append("Loading in the training process costs no crossing, and that is what counts here.")
     return " ".join(words)
