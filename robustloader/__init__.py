@@ -52,6 +52,7 @@ from robustloader.telemetry import (
     Statistics,
     TensorBoardSink,
 )
+from robustloader.tuning import Comparison, TuningReport, compare, tune
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "BatchDelivered",
     "BatchInfo",
     "ChromeTraceSink",
+    "Comparison",
     "EpochFinished",
     "EpochProgressed",
     "EpochSummary",
@@ -95,6 +97,7 @@ __all__ = [
     "TelemetryPolicy",
     "TensorBoardSink",
     "TransportDegraded",
+    "TuningReport",
     "WorkerCrashError",
     "WorkerCrashed",
     "WorkerError",
@@ -103,5 +106,7 @@ __all__ = [
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "compare",
     "doctor",
+    "tune",
 ]
