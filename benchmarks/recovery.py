@@ -147,7 +147,9 @@ def make(dataset: Samples, method: str = "fork") -> RobustDataLoader[Any]:
 # --- from a kill to the next batch
 
 
-def measure_gap(method: str, kills: int, folder: Path, *, added_mb: int = 0, deadline_s: float = 60.0) -> dict[str, Any]:
+def measure_gap(
+    method: str, kills: int, folder: Path, *, added_mb: int = 0, deadline_s: float = 60.0
+) -> dict[str, Any]:
     """Milliseconds from SIGKILL to the next batch, and of the same wait without one.
 
     Stops early at ``deadline_s``, with the kills so far.
