@@ -429,7 +429,7 @@ def run(*, short: bool) -> dict[str, Any]:
             result["gaps"].append(measure_gap(method, kills, Path(folder), added_mb=added_mb))
     for name, load in (("realistic", REALISTIC), ("stress", STRESS)):
         note(f"throughput, {load.what}")
-        rounds, block_s = (1, 1.0) if short else (6 if load is REALISTIC else 4, 2.0)
+        rounds, block_s = (2, 1.0) if short else (6 if load is REALISTIC else 4, 2.0)
         result["throughput"][name] = measure_throughput(load, rounds, block_s)
     for peer in (OURS, "torch", "torchdata", "spdl"):
         note(f"one kill, {peer}")
