@@ -320,7 +320,7 @@ def tell_fate(
     elif status:
         fate = f"its process ends with status {status}"
     elif missing or doubled:
-        fate = "ends as if all were well, with no exception"
+        fate = "the loop ends without an exception"
     else:
         fate = "goes on; every sample arrives once"
     return {"fate": fate, "delivered": len(indices), "missing": missing, "doubled": doubled}

@@ -45,7 +45,7 @@ def test_a_percentile_is_one_of_the_values() -> None:
     ("indices", "told", "fate", "missing", "doubled"),
     [
         ([0, 1, 2, 3], {"status": 0}, "goes on; every sample arrives once", 0, 0),
-        ([0, 1, 3, 3], {"status": 0}, "ends as if all were well, with no exception", 1, 1),
+        ([0, 1, 3, 3], {"status": 0}, "the loop ends without an exception", 1, 1),
         ([0, 1], {"status": None}, "hangs: not at its end after 9 s", 2, 0),
         ([0, 1], {"status": 0, "error": "RuntimeError: gone"}, "stops: RuntimeError: gone", 2, 0),
         ([0], {"status": -9}, "its process ends with status -9", 3, 0),
