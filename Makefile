@@ -10,10 +10,10 @@ RESULT := benchmarks/results/full.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench bench-quick chaos soak docs clean
+.PHONY: help setup demo test check bench bench-quick bench-recovery chaos soak docs clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make .venv with everything that development needs
 
@@ -36,6 +36,9 @@ bench: $(BENCH_STAMP)  ## measure everything against its peers, redraw figures a
 
 bench-quick: $(BENCH_STAMP)  ## the same with few rounds, printed only (two minutes)
 	$(PY) -m benchmarks --quick --out build/bench-quick.json
+
+bench-recovery: $(BENCH_STAMP)  ## measure what kills and bad samples cost (under four minutes, quiet machine)
+	$(PY) -m benchmarks.recovery --out benchmarks/results/recovery.json --page docs/benchmarks.md
 
 chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
 	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json

@@ -28,17 +28,17 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join(_lines(result)) + "\n"
 
 
-def insert(page: str, text: str) -> str:
+def insert(page: str, text: str, opening: str = BEGIN, closing: str = END) -> str:
     """``page`` with ``text`` between its markers.
 
     Raises:
         ValueError: the page does not have both markers, in order, once.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"the page needs {BEGIN} and {END}, once each")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+    before, begin, rest = page.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not begin or not end or opening in after or closing in after:
+        raise ValueError(f"the page needs {opening} and {closing}, once each")
+    return f"{before}{opening}\n\n{text}\n{closing}{after}"
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
