@@ -37,12 +37,15 @@ from robustloader.events import (
 )
 from robustloader.loader import RobustDataLoader
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Retry, TelemetryPolicy
+from robustloader.sampling import ElasticDistributedBatchSampler, ElasticDistributedSampler
 from robustloader.telemetry import EpochSummary, FaultLog, Statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchInfo",
+    "ElasticDistributedBatchSampler",
+    "ElasticDistributedSampler",
     "EpochFinished",
     "EpochSummary",
     "Event",

@@ -9,7 +9,10 @@ the same spares whatever its lookahead and number of workers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 __all__ = ["SpareReservoir"]
 
@@ -23,6 +26,14 @@ def _mix(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
+
+
+def _mix_all(values: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The same for an array; its arithmetic wraps by itself."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class SpareReservoir:
@@ -66,6 +77,42 @@ class SpareReservoir:
             self._offer(index)
         self._offers[task] = offers
         self._views[task] = tuple(self._kept)
+
+    def pass_over(self, items: Sequence[Any], size: int) -> None:
+        """Take note of the next tasks, of ``size`` indices each, that will never be loaded again: a resumed epoch's.
+
+        The same as ``observe`` and ``close`` for each of them, at a small part of the cost.
+
+        Args:
+            items: the indices of these tasks, one after another.
+            size: indices per task; divides ``len(items)``.
+        """
+        count = len(items) // size
+        first, self._observed = self._observed, self._observed + count
+        each = min(size, _OFFERED_PER_TASK)
+        starts = _mix_all(np.uint64(self._key) ^ np.arange(first, first + count, dtype=np.uint64)) % np.uint64(size)
+        steps = np.arange(each, dtype=np.uint64) * np.uint64(max(1, size // _OFFERED_PER_TASK))
+        within = (starts[:, None] + steps) % np.uint64(size)
+        places = (within + (np.arange(count, dtype=np.uint64) * np.uint64(size))[:, None]).ravel()
+        room = min(len(places), self._capacity - len(self._kept))
+        for place in places[:room].tolist():
+            self._offer(items[place])
+        places = places[room:]
+        numbers = np.arange(self._seen + 1, self._seen + 1 + len(places), dtype=np.uint64)
+        slots = _mix_all(np.uint64(self._key) ^ (numbers << np.uint64(20))) % numbers
+        for hit in np.flatnonzero(slots < np.uint64(self._capacity)).tolist():
+            self._kept[int(slots[hit])] = items[int(places[hit])]
+        self._seen += len(places)
+
+    @property
+    def mark(self) -> tuple[int, int, tuple[Any, ...]]:
+        """All that later choices depend on: tasks and offers so far, and what is kept."""
+        return self._observed, self._seen, tuple(self._kept)
+
+    def restore(self, mark: tuple[int, int, Sequence[Any]]) -> None:
+        """Go on from a :attr:`mark`."""
+        self._observed, self._seen, kept = mark
+        self._kept = list(kept)
 
     def draw(self, task: int, count: int, *, round: int = 1) -> tuple[Any, ...]:
         """Up to ``count`` different spares for ``task``; a later ``round``, counted from 1, gives other ones.

@@ -57,10 +57,10 @@ class Slot:
             "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk).
         streak: deaths in a row without a finished task between them.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
-        ended, batches, calls, deaths, kills, rng, orders: iterable only. Whether this shard has ended, how many of its
+        ended, batches, calls, deaths, kills, rng, snapshot, orders: iterable only. Whether this shard has ended, how many of its
             batches have arrived, how often its stream was read for them, how many processes have died at that point by
             themselves and how many were killed from outside, the random states it began the epoch with (None: those of
-            its seed), and tasks to be sent once there is a process.
+            its seed), where its stream stands if it can tell (for a successor), and tasks to be sent once there is a process.
     """
 
     worker_id: int
@@ -78,6 +78,7 @@ class Slot:
     deaths: int = 0
     kills: int = 0
     rng: Any = None
+    snapshot: bytes | None = None
     orders: deque[Task] = field(default_factory=deque)
 
     @property
@@ -145,6 +146,9 @@ class Crew:
     def start_all(self, details: Details) -> Exception | None:
         """Start every slot's first process. What one raises comes back; those started before stay."""
         for slot in self.slots:
+            if slot.ended:  # of a resumed epoch: there is nothing left to load
+                slot.state = "ended"
+                continue
             try:
                 slot.worker = self.pool.start(slot.worker_id, slot.incarnation, **details(slot))
             except Exception as error:

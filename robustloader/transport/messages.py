@@ -150,7 +150,8 @@ class Report(NamedTuple):
 class Fetched(NamedTuple):
     """A batch; it follows in the same frame. ``samples`` counts what is in it.
 
-    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets).
+    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets); ``snapshot`` is the
+    pickled state after that of a dataset or stream that keeps its own.
     """
 
     run: int
@@ -160,6 +161,7 @@ class Fetched(NamedTuple):
     rss_bytes: int
     report: Report | None = None
     calls: int = 0
+    snapshot: bytes | None = None
 
 
 class Unfilled(NamedTuple):

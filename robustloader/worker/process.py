@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import pickle
 import resource
 import signal
 import socket
@@ -41,8 +42,9 @@ from robustloader.transport.messages import (
 )
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
 from robustloader.worker.collate import private_collate
-from robustloader.worker.fetch import Broken, Loaded, Outcome, Plan, Short, make_fetcher
+from robustloader.worker.fetch import Broken, IterableFetcher, Loaded, MapFetcher, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
+from robustloader.worker.stateful import restored_fetcher, take_snapshot
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 
@@ -94,6 +96,7 @@ class Setup:
         skip: how often to read from an iterable dataset and throw the batch away, because a predecessor sent it.
         indices: one task's indices, for those.
         rng: random states to begin the stream with; None keeps those of the seed.
+        snapshot: a pickled :class:`StreamSnapshot` to begin with; ``skip`` counts from there.
     """
 
     cargo: Cargo
@@ -114,6 +117,7 @@ class Setup:
     skip: int = 0
     indices: Any = None
     rng: Any = None
+    snapshot: bytes | None = None
 
 
 def run_worker(setup: Setup) -> None:
@@ -168,7 +172,11 @@ class _Worker:
             encode=codec.dumps,
             decode=_decode,
         )
-        self.fetcher = make_fetcher(self.plan)
+        self.fetcher: MapFetcher | IterableFetcher
+        if setup.snapshot is None:
+            self.fetcher = make_fetcher(self.plan)
+        else:
+            self.fetcher = restored_fetcher(self.plan, pickle.loads(setup.snapshot))
 
     def _quiet_signals(self) -> None:
         """A preempted job still takes its last batches: SIGTERM and Ctrl-C sent to everyone are the trainer's business.
@@ -236,14 +244,24 @@ class _Worker:
             except BaseException as error:
                 outcome = self.fetcher.repair_unpicklable(order, error)
                 continue
+            try:
+                snapshot = self._snapshot()
+            except BaseException as error:  # a user's state_dict
+                outcome = Broken(error, outcome.report or Report())
+                break
             self.beacon.finish()
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             calls = self.fetcher.calls
-            reply = Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls)
+            reply = Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls, snapshot)
             self.channel.send(reply, parcel)
             return
         self.beacon.finish()
         self.channel.send(self._reply(order, outcome))
+
+    def _snapshot(self) -> bytes | None:
+        """Where the stream stands after this batch, pickled here and now: the dataset goes on changing."""
+        taken = take_snapshot(self.fetcher, with_rng=True) if self.setup.iterable else None
+        return None if taken is None else pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
 
     def _reply(self, order: Fetch, outcome: Outcome) -> Any:
         calls = self.fetcher.calls
