@@ -42,6 +42,7 @@ class _Order:
         self.seed = seed
         self._start = 0
         self._position = 0
+        self._reader: object = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order, on every rank and before ``iter(loader)``, as with torch's sampler.
@@ -62,11 +63,17 @@ class _Order:
         generator.manual_seed(self.seed + self.epoch)
         return torch.randperm(size, generator=generator, dtype=kind).numpy()
 
-    def _take_start(self) -> int:
+    def _take_start(self, reader: object) -> int:
         """Where this iteration begins: where the loaded state says, once."""
         start, self._start = self._start, 0
         self._position = start
+        self._reader = reader
         return start
+
+    def _leave(self, reader: object) -> None:
+        """An iteration has ended or was given up: whoever iterates again gets a whole epoch."""
+        if self._reader is reader:
+            self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
         """How far all ranks together have read, in samples of the global order; the same on ranks in step."""
@@ -97,6 +104,7 @@ class _Order:
             )
         self.epoch = state_dict["epoch"]
         self._start = self._position = state_dict["position"]
+        self._reader = None
 
 
 class ElasticDistributedSampler(_Order, Sampler[int]):
@@ -149,19 +157,21 @@ class ElasticDistributedSampler(_Order, Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        start = self._take_start()
+        reader = object()
+        start = self._take_start(reader)
         order = self._order()
         steps = self._share_of(max(0, len(order) - start))
         places = np.arange(steps, dtype=np.int64) * self.num_replicas + (start + self.rank)
-        share = order[places % max(1, len(order))] if steps else order[:0]
+        share = order[places % max(1, len(order))]
         del order, places
         replicas = self.num_replicas
-        for first in range(0, steps, _CHUNK):
-            for index in share[first : first + _CHUNK].tolist():
-                self._position += replicas
-                yield index
-        # The end: whoever iterates again gets a whole epoch.
-        self._position = 0
+        try:
+            for first in range(0, steps, _CHUNK):
+                for index in share[first : first + _CHUNK].tolist():
+                    self._position += replicas
+                    yield index
+        finally:
+            self._leave(reader)
 
 
 class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
@@ -202,14 +212,17 @@ class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
         return size // self.global_batch_size if self.drop_last else math.ceil(size / self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self._take_start()
+        reader = object()
+        start = self._take_start(reader)
         order = self._order()
         size, ranks = self.global_batch_size, self.num_replicas
         stop = len(order) // size * size if self.drop_last else len(order)
-        for first in range(start, stop, size):
-            piece = order[first : min(first + size, stop)]
-            if len(piece) < ranks:
-                piece = np.concatenate([piece, np.resize(order, ranks - len(piece))])
-            self._position = first + size
-            yield piece[self.rank :: ranks].tolist()
-        self._position = 0
+        try:
+            for first in range(start, stop, size):
+                piece = order[first : min(first + size, stop)]
+                if len(piece) < ranks:
+                    piece = np.concatenate([piece, np.resize(order, ranks - len(piece))])
+                self._position = first + size
+                yield piece[self.rank :: ranks].tolist()
+        finally:
+            self._leave(reader)

@@ -138,8 +138,8 @@ class LoaderState(Setting):
         schema = state.get("schema")
         if schema != SCHEMA:
             raise StateError(
-                f"this version of robustloader reads states of schema {SCHEMA}, but got schema {schema!r}: load it with "
-                "the version that saved it, or begin a new epoch without it",
+                f"this version of robustloader reads states of schema {SCHEMA}, but got schema {schema!r}: load it "
+                "with the version that saved it, or begin a new epoch without it",
                 expected=SCHEMA,
                 found=schema,
             )
@@ -169,8 +169,13 @@ class LoaderState(Setting):
 
 
 def _shard(plain: Mapping[str, Any]) -> ShardState:
-    shard = {each.name: plain[each.name] for each in fields(ShardState)}
-    return ShardState(**{name: tuple(value) if isinstance(value, list) else value for name, value in shard.items()})
+    return ShardState(
+        calls=int(plain["calls"]),
+        batches=int(plain["batches"]),
+        ended=bool(plain["ended"]),
+        streams=tuple(plain["streams"]),
+        snapshot=tuple(plain["snapshot"]),
+    )
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

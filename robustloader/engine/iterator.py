@@ -641,7 +641,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if final:
             slot.batches += 1
             failed = Result(error=rebuild(raised, index=None, worker_id=worker.worker_id, pid=worker.pid))
-            failed.shard, failed.calls, failed.snapshot = slot.worker_id, message.calls, message.snapshot
+            failed.shard, failed.calls = slot.worker_id, slot.calls
             books.arrive(task, failed)
             return
         if task.verify:  # each sample survives the crossing alone, the batch does not

@@ -108,6 +108,8 @@ class Progress:
         self._pending = None
         if self.iterable:
             self.delivered.count += 1
+            if number < 0:  # an error that no shard was read for
+                return
             shard = self.shards[number]
             shard.calls = max(shard.calls, calls)
             shard.batches += loaded

@@ -248,7 +248,8 @@ def _walk(
     if type(reads) is BatchSampler:
         source: Any = range(len(reads.sampler)) if type(reads.sampler) is SequentialSampler else iter(reads.sampler)
         rest = _walk_flat(source, tasks, reads.batch_size, spares)
-        return iter(BatchSampler(rest, reads.batch_size, reads.drop_last))
+        batches: Iterator[Any] = iter(BatchSampler(rest, reads.batch_size, reads.drop_last))
+        return batches
     if not batched:
         return _walk_flat(indices, tasks, 1, spares)
     for task in range(tasks):
@@ -264,8 +265,8 @@ def _walk(
 def _walk_flat(source: Any, tasks: int, size: int, spares: SpareReservoir | None) -> Iterator[Any]:
     """The same where tasks are ``size`` indices each, one after another, but for the last."""
     if isinstance(source, range) and spares is None:
-        return iter(source[tasks * size :])
-    indices = iter(source)
+        return iter(range(tasks * size, len(source)))
+    indices: Iterator[Any] = iter(source)
     if spares is None:
         collections.deque(itertools.islice(indices, tasks * size), maxlen=0)
         return indices

@@ -57,7 +57,8 @@ def restored_fetcher(plan: Plan, snapshot: StreamSnapshot) -> IterableFetcher:
         plan.dataset.load_state_dict(copy.deepcopy(snapshot.dataset[0]))
     fetcher = IterableFetcher(plan)
     if snapshot.stream:
-        fetcher.stream.load_state_dict(copy.deepcopy(snapshot.stream[0]))
+        stream: Any = fetcher.stream
+        stream.load_state_dict(copy.deepcopy(snapshot.stream[0]))
     fetcher.calls, fetcher.ended = snapshot.calls, snapshot.ended
     if snapshot.rng is not None:
         restore_rng(snapshot.rng)
