@@ -212,7 +212,9 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             StateError: the dataset is one of torch's DataPipes.
         """
         self._refuse_datapipe()
-        return capture(self, self._journal, self._desk, upcoming=self._epochs.upcoming).to_dict()
+        return capture(
+            self, self._journal, self._desk, self._continuation.view(), upcoming=self._epochs.upcoming
+        ).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next ``iter(loader)`` go on where a loader like this one was when ``state_dict()`` was called.

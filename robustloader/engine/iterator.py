@@ -191,8 +191,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._stream_indices: Any = None
 
     def _stream_seed(self) -> int:
-        """What the workers' random streams are seeded from: torch's base seed; in a resumed epoch of a map-style dataset
-        another one, or they would repeat what the epoch began with."""
+        """What the workers' random streams are seeded from: torch's base seed; in a resumed epoch of a map-style
+        dataset another one, or they would repeat what the epoch began with."""
         resume, options = self._resume_from, self._options
         if resume is None or options.iterable or options.seeding == "batch" or not resume.state.delivered:
             return self.base_seed

@@ -17,6 +17,7 @@ from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Beginning, Journal, Resumption, ShardProgress
 from robustloader.engine.streams import (
+    Streams,
     decode_generator,
     decode_streams,
     encode_generator,
@@ -85,8 +86,13 @@ def note_beginning(loader: Any) -> Beginning:
 # --- saving
 
 
-def capture(loader: Any, journal: Journal, desk: FaultDesk, *, upcoming: int) -> LoaderState:
-    """Where a loader stands now. Reads no data and starts nothing."""
+def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *, upcoming: int) -> LoaderState:
+    """Where a loader stands now. Reads no data and starts nothing.
+
+    Args:
+        streams: the global generators' states, as the next epoch would see them.
+        upcoming: the number of the next epoch.
+    """
     if journal.loaded is not None:
         return copy.deepcopy(journal.loaded)
     setting, progress = describe(loader), journal.progress
@@ -94,7 +100,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, *, upcoming: int) ->
         progress.settle()
     common: dict[str, Any] = {
         **{name: getattr(setting, name) for name in setting.__dataclass_fields__},
-        "streams_now": encode_streams(rng_states()),
+        "streams_now": encode_streams(streams),
         "generators_now": tuple(encode_generator(generator.get_state()) for generator in own_generators(loader)),
         "quarantine": tuple(desk.quarantine.added.items()),
         "faults": desk.budget.faults,

@@ -117,6 +117,14 @@ class Continuation:
         """Whether anything is remembered."""
         return any(state is not None for state in self._states)
 
+    def view(self) -> Streams:
+        """What the next epoch would draw from."""
+        states = list(rng_states())
+        for place, state in enumerate(self._states):
+            if state is not None and _same(states[place], self._marks[place]):
+                states[place] = state
+        return states[0], states[1], states[2]
+
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """An epoch begins: let it draw from what is remembered, and leave the global generators as they were."""

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,11 +14,15 @@ import torch
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from robustloader import ElasticDistributedBatchSampler, ElasticDistributedSampler, RobustDataLoader
-from tests.support.datasets import Death, Deadly, Numbers
+from tests.support.datasets import Deadly, Death, Numbers
 
 
 def numbers(batches: Any) -> list[int]:
     return [int(number) for batch in batches for number in batch]
+
+
+def flat(parts: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
 
 
 class Positioned(Sampler[int]):
@@ -216,11 +221,9 @@ def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) ->
     for rank, each in enumerate(after):
         each.load_state_dict(states[rank % 4])
     rest = [numbers(each) for each in after]
-    assert sorted(read + sum(rest, [])) == list(range(size))
+    assert sorted(read + flat(rest)) == list(range(size))
     assert len({len(share) for share in rest}) == 1
-    assert sorted(sum((numbers(each) for each in after), [])) == sorted(
-        sum((list(ElasticDistributedSampler(range(size), later, rank)) for rank in range(later)), [])
-    )
+    assert set(flat(numbers(each) for each in after)) == set(range(size))
 
 
 @pytest.mark.parametrize("later", [1, 3, 16])
@@ -232,17 +235,19 @@ def test_the_steps_of_the_batch_form_do_not_depend_on_the_ranks(later: int) -> N
 
     whole = [sorted(batch) for batch in steps(1)[0]]
     before = steps(8)
-    read = [sorted(sum(parts, [])) for parts in itertools.islice(zip(*before, strict=True), 3)]
-    states = [each.state_dict() for each in before]
-    assert states[0]["position"] in (48, 64)
+    readers = [iter(each) for each in before]
+    read = [sorted(flat(next(reader) for reader in readers)) for _ in range(3)]
+    state = before[0].state_dict()
+    assert state["position"] == 48
     loaders = []
     for each in steps(later):
-        each.load_state_dict(states[0] | {"position": 48})
+        each.load_state_dict(state)
         loaders.append(RobustDataLoader(Numbers(100), batch_sampler=each))
     shares = [[batch.tolist() for batch in loader] for loader in loaders]
-    rest = [sorted(set(sum(parts, []))) for parts in zip(*shares, strict=True)]
-    assert [step[: len(expected)] for step, expected in zip(read, whole, strict=False)] == whole[:3]
-    assert [set(step) >= set(expected) for step, expected in zip(rest, whole[3:], strict=True)] == [True] * 4
+    rest = [sorted(flat(parts)) for parts in zip(*shares, strict=True)]
+    assert read + rest[:-1] == whole[:-1]
+    assert len(rest[-1]) == max(4, later)  # filled up, where there are more ranks than samples
+    assert set(whole[-1]) <= set(rest[-1])
 
 
 def test_an_abandoned_elastic_epoch_leaves_nothing_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -66,6 +67,8 @@ def test_a_damaged_state_is_refused() -> None:
     assert len(list(ours)) == len(ours)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
 def test_a_checkpoint_library_stores_it(tmp_path: Any) -> None:
     """``torch.distributed.checkpoint`` saves a loader in mid-epoch and loads it into a fresh one."""
     ours = loader()
@@ -76,7 +79,7 @@ def test_a_checkpoint_library_stores_it(tmp_path: Any) -> None:
     fresh = loader()
     dcp.load({"loader": fresh}, checkpoint_id=tmp_path, no_dist=True)
     assert [batch.tolist() for batch in fresh] == rest
-    assert sorted(sum(head + rest, [])) == list(range(20))
+    assert sorted(itertools.chain.from_iterable(head + rest)) == list(range(20))
 
 
 def test_a_file_stores_it(tmp_path: Any) -> None:
