@@ -220,11 +220,11 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         """Let the next ``iter(loader)`` go on where a loader like this one was when ``state_dict()`` was called.
 
         It yields what was left of that epoch, which is nothing where only the end had not been seen yet; the epoch
-        after that is a full one. Any number of workers will do. The rest of an iterable epoch is loaded by as many workers
-        as it began with, or by the training process where either number is 0. What keeps its own state (sampler, batch
-        sampler, map-style dataset) and the loader's generator are given it back; the global random generators are left
-        alone. Only indices are walked through, when the epoch goes on; an iterable dataset that keeps no state of its
-        own is read again from the beginning of the epoch.
+        after that is a full one. Any number of workers will do. The rest of an iterable epoch is loaded by as many
+        workers as it began with, or by the training process where either number is 0. What keeps its own state
+        (sampler, batch sampler, map-style dataset) and the loader's generator are given it back; the global random
+        generators are left alone. Only indices are walked through, when the epoch goes on; an iterable dataset that
+        keeps no state of its own is read again from the beginning of the epoch.
 
         Raises:
             StateError: the state is of another schema, or of a loader with another kind or length of dataset, batch
