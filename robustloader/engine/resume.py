@@ -137,10 +137,10 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
 
 def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
     taken: StreamSnapshot | None = None
-    if shard.snapshot is not None:
-        taken = pickle.loads(shard.snapshot)
-    elif stream is not None:
+    if stream is not None:  # of this process: it stands where the trainer is
         taken = take_snapshot(stream, with_rng=False)
+    elif shard.snapshot is not None:
+        taken = pickle.loads(shard.snapshot)
     plain: tuple[Any, ...] = ()
     if taken is not None:
         streams = () if taken.rng is None else encode_streams(taken.rng)

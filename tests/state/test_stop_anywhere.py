@@ -132,6 +132,7 @@ def read(batches: Any) -> list[Any]:
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(case=cases)
 @example(Case("map", 20, 3, False, "random", False, 3, 0, 2, False, 0, 0))
+@example(Case("stateful", 6, 1, False, "random", False, 0, 0, 0, False, 0, 1))
 @example(Case("stateful", 20, 3, False, "random", True, 0, 3, 0, False, 4, 1))
 def test_stop_anywhere(case: Case) -> None:
     """Stopped after ``stop`` batches and, ``again`` later, once more: head, middle and rest are the unbroken epoch."""
