@@ -59,9 +59,9 @@ class Slot:
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
         ended, batches, calls, deaths, kills, rng, snapshot, orders: iterable only. Whether this shard has ended, how
             many of its batches have arrived, how often its stream was read for them, how many processes have died at
-            that point by themselves and how many were killed from outside, the random states it began
-            the epoch with (None: those of its seed), where its stream stands if it can tell (for a successor), and tasks to be sent once there is a
-            process.
+            that point by themselves and how many were killed from outside, the random states it began the epoch with
+            (None: those of its seed), where its stream stands if it can tell (for a successor), and tasks to be sent
+            once there is a process.
     """
 
     worker_id: int
