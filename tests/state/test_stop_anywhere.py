@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -129,12 +130,13 @@ def read(batches: Any) -> list[Any]:
     return [[torch.as_tensor(part).tolist() for part in batch] for batch in batches]
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@pytest.mark.parametrize("part", range(-(-CASES // 60)))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(case=cases)
 @example(Case("map", 20, 3, False, "random", False, 3, 0, 2, False, 0, 0))
 @example(Case("stateful", 6, 1, False, "random", False, 0, 0, 0, False, 0, 1))
 @example(Case("stateful", 20, 3, False, "random", True, 0, 3, 0, False, 4, 1))
-def test_stop_anywhere(case: Case) -> None:
+def test_stop_anywhere(case: Case, part: int) -> None:
     """Stopped after ``stop`` batches and, ``again`` later, once more: head, middle and rest are the unbroken epoch."""
     import warnings
 
