@@ -133,9 +133,9 @@ def read(batches: Any) -> list[Any]:
 @pytest.mark.parametrize("part", range(-(-CASES // 60)))
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(case=cases)
-@example(Case("map", 20, 3, False, "random", False, 3, 0, 2, False, 0, 0))
-@example(Case("stateful", 6, 1, False, "random", False, 0, 0, 0, False, 0, 1))
-@example(Case("stateful", 20, 3, False, "random", True, 0, 3, 0, False, 4, 1))
+@example(case=Case("map", 20, 3, False, "random", False, 3, 0, 2, False, 0, 0))
+@example(case=Case("stateful", 6, 1, False, "random", False, 0, 0, 0, False, 0, 1))
+@example(case=Case("stateful", 20, 3, False, "random", True, 0, 3, 0, False, 4, 1))
 def test_stop_anywhere(case: Case, part: int) -> None:
     """Stopped after ``stop`` batches and, ``again`` later, once more: head, middle and rest are the unbroken epoch."""
     import warnings
