@@ -5,13 +5,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # The stamp is younger than the two files it was made from exactly when the environment is what they say.
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+RESULT := benchmarks/results/full.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check docs clean
+.PHONY: help setup demo test check bench bench-quick chaos soak docs clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make .venv with everything that development needs
 
@@ -27,12 +29,31 @@ check: $(STAMP)  ## format, lint, types and the fast tests (about a minute)
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/unit
 
+bench: $(BENCH_STAMP)  ## measure everything against its peers, redraw figures and tables (15 minutes, quiet machine)
+	$(PY) -m benchmarks --out $(RESULT)
+	$(PY) -m benchmarks.figures $(RESULT) docs/images
+	$(PY) -m benchmarks.tables $(RESULT) docs/benchmarks.md
+
+bench-quick: $(BENCH_STAMP)  ## the same with few rounds, printed only (two minutes)
+	$(PY) -m benchmarks --quick --out build/bench-quick.json
+
+chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
+	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json
+
+soak: $(STAMP)  ## kill workers at random for half an hour, then convict nobody for ten minutes
+	$(PY) -m tests.soak --seconds 1800 --seed 7 -o benchmarks/results/soak.json
+	$(PY) -m tests.soak --convict --seconds 600 --seed 7 -o benchmarks/results/convict.json
+
 docs: $(STAMP)  ## check that links in the documentation resolve and that its Python compiles
 	$(PY) docs/check.py
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BENCH_STAMP): $(STAMP)
+	$(PY) -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + ": try make PYTHON=python3.12")'

@@ -3,6 +3,7 @@
 from robustloader import RobustDataLoader as DataLoader
 """
 
+from robustloader.checkup import HostReport, doctor
 from robustloader.errors import (
     FaultBudgetError,
     OptionError,
@@ -18,8 +19,10 @@ from robustloader.errors import (
     WorkerStartError,
 )
 from robustloader.events import (
+    BatchDelivered,
     BatchInfo,
     EpochFinished,
+    EpochProgressed,
     Event,
     FaultRecord,
     MemoryLow,
@@ -29,7 +32,9 @@ from robustloader.events import (
     SampleReplaced,
     ShardEnded,
     Sink,
+    TaskLoaded,
     TaskReplayed,
+    TransportDegraded,
     WorkerCrashed,
     WorkerHung,
     WorkerRecycled,
@@ -38,26 +43,42 @@ from robustloader.events import (
 from robustloader.loader import RobustDataLoader
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Retry, TelemetryPolicy
 from robustloader.sampling import ElasticDistributedBatchSampler, ElasticDistributedSampler
-from robustloader.telemetry import EpochSummary, FaultLog, Statistics
+from robustloader.telemetry import (
+    ChromeTraceSink,
+    EpochSummary,
+    FaultLog,
+    JsonlSink,
+    OpenTelemetrySink,
+    PrometheusSink,
+    Statistics,
+    TensorBoardSink,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchDelivered",
     "BatchInfo",
+    "ChromeTraceSink",
     "ElasticDistributedBatchSampler",
     "ElasticDistributedSampler",
     "EpochFinished",
+    "EpochProgressed",
     "EpochSummary",
     "Event",
     "FaultBudgetError",
     "FaultLog",
     "FaultPolicy",
     "FaultRecord",
+    "HostReport",
+    "JsonlSink",
     "MemoryLow",
     "MemoryPolicy",
+    "OpenTelemetrySink",
     "OptionError",
     "PoolHealed",
     "PoolShrunk",
+    "PrometheusSink",
     "RecoveryPolicy",
     "ResourceError",
     "RestartBudgetError",
@@ -72,8 +93,11 @@ __all__ = [
     "Sink",
     "StateError",
     "Statistics",
+    "TaskLoaded",
     "TaskReplayed",
     "TelemetryPolicy",
+    "TensorBoardSink",
+    "TransportDegraded",
     "WorkerCrashError",
     "WorkerCrashed",
     "WorkerError",
@@ -82,4 +106,5 @@ __all__ = [
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "doctor",
 ]

@@ -78,7 +78,11 @@ def release_warnings(held: list[str] | None) -> None:
 
 
 def warn_user(text: str) -> None:
-    """Emit a :class:`RobustLoaderWarning` that points at the user's line: the first outside this package and torch."""
+    """Emit a :class:`RobustLoaderWarning` that points at the user's line: the first outside this package and torch.
+
+    Escape sequences, such as an exception may carry in a sample's name, become blanks: they would reach the terminal.
+    """
+    text = "".join(character if character.isprintable() or character in "\n\t" else " " for character in text)
     held = getattr(_local, "held", None)
     if held is not None:
         held.append(text)
@@ -246,8 +250,8 @@ class ResourceError(RobustLoaderError, RuntimeError):
     """The machine has too little of something the loader needs.
 
     Attributes:
-        wanted_bytes: how many bytes are needed.
-        free_bytes: how many bytes there are.
+        wanted_bytes: how many bytes are needed; 0 where it is not memory that is short.
+        free_bytes: how many bytes there are; 0 likewise.
         remedy: what to change.
     """
 

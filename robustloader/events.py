@@ -1,21 +1,24 @@
 """What happened: one frozen record per kind of event, and the protocol of those who want to hear of it.
 
 Events are made in the training process, in the thread that calls ``next()`` on the iterator, and handed to each sink
-there and then. Times are seconds since the epoch (``time.time()``), durations are in seconds, sizes in bytes.
+there and then. Times are seconds since the epoch (``time.time()``), durations are in seconds, sizes in bytes; what ends
+in ``_ns`` is a reading of ``time.monotonic_ns()``, one clock for all processes of a machine.
 """
 
 from __future__ import annotations
 
 import time as _time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from robustloader.telemetry.summary import EpochSummary
 
 __all__ = [
+    "BatchDelivered",
     "BatchInfo",
     "EpochFinished",
+    "EpochProgressed",
     "Event",
     "FaultAction",
     "FaultKind",
@@ -27,7 +30,9 @@ __all__ = [
     "SampleReplaced",
     "ShardEnded",
     "Sink",
+    "TaskLoaded",
     "TaskReplayed",
+    "TransportDegraded",
     "WorkerCrashed",
     "WorkerHung",
     "WorkerRecycled",
@@ -114,8 +119,11 @@ class Event:
     time: float = field(default_factory=_time.time)
 
     def to_dict(self) -> dict[str, Any]:
-        """The event as a plain dict; ``event`` holds the class name."""
-        return {"event": type(self).__name__, **asdict(self)}
+        """The event as a plain dict; ``event`` holds the class name, and a fault record is a dict as well.
+
+        Values are the event's own, not copies: an index may be any object, and need not be copyable.
+        """
+        return {"event": type(self).__name__, **_shallow(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,19 +244,86 @@ class MemoryLow(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochFinished(Event):
-    """An epoch ended, or its iterator was closed early (``summary.complete`` is False then)."""
+class TransportDegraded(Event):
+    """A batch went through a worker's socket instead of its arena, for ``reason``. Told once per worker and epoch.
 
+    Attributes:
+        worker_id: the worker, or None where there is no arena for any.
+    """
+
+    worker_id: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochProgressed(Event):
+    """Where a running epoch stands, told every ``TelemetryPolicy.progress_s`` seconds while batches are delivered.
+
+    Attributes:
+        loader: which loader of this process, counted from 0: loaders may share a sink.
+        statistics: ``Statistics.to_dict()`` of the epoch.
+        ready: batches that lay ready when the last one was asked for.
+        workers: one dict per worker so far: ``worker_id``, ``tasks``, ``samples``, ``busy_s``, ``load_p95_s``,
+            ``peak_rss_bytes``, ``restarts``, with the meaning they have in a ``WorkerSummary``.
+    """
+
+    loader: int = 0
+    statistics: dict[str, Any]
+    ready: int
+    workers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochFinished(Event):
+    """An epoch ended, or its iterator was closed early (``summary.complete`` is False then).
+
+    ``loader`` counts the loaders of this process from 0.
+    """
+
+    loader: int = 0
     summary: EpochSummary
 
     def to_dict(self) -> dict[str, Any]:
         """The event as a plain dict, with the summary as ``EpochSummary.to_dict`` gives it."""
-        return {
-            "event": type(self).__name__,
-            "epoch": self.epoch,
-            "time": self.time,
-            "summary": self.summary.to_dict(),
-        }
+        return {**super().to_dict(), "summary": self.summary.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskLoaded(Event):
+    """A batch has arrived. Told only to sinks that have ``wants_tasks = True``.
+
+    Attributes:
+        task: number of the batch within the epoch, from 0.
+        worker_id: the worker that loaded it; None for the training process.
+        pid: that worker's process id; None for the training process.
+        begin_ns: when it began to load, on the monotonic clock.
+        end_ns: when it was loaded and collated.
+        samples: samples in it.
+    """
+
+    task: int
+    worker_id: int | None
+    pid: int | None
+    begin_ns: int
+    end_ns: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDelivered(Event):
+    """A batch was handed to the loop. Told only to sinks that have ``wants_tasks = True``.
+
+    Attributes:
+        batch: how many batches of the epoch were delivered before it.
+        begin_ns: when the loop asked for it, on the monotonic clock.
+        end_ns: when it got it.
+        ready: batches that lay ready when it asked.
+    """
+
+    batch: int
+    begin_ns: int
+    end_ns: int
+    ready: int
 
 
 @runtime_checkable
@@ -256,9 +331,16 @@ class Sink(Protocol):
     """Someone who wants to hear of events.
 
     ``receive`` runs in the training process, in the thread that iterates, between two batches: it should return fast.
-    A sink that raises is dropped with one warning; training goes on.
+    A sink that raises is dropped with one warning; training goes on. One that has an attribute ``wants_tasks`` that is
+    true hears of every task and batch too (:class:`TaskLoaded`, :class:`BatchDelivered`).
     """
 
     def receive(self, event: Event) -> None:
         """Take one event."""
         ...
+
+
+def _shallow(record: Any) -> dict[str, Any]:
+    """A record's fields by name, with records among its values turned into dicts too."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: _shallow(value) if isinstance(value, FaultRecord) else value for name, value in values.items()}

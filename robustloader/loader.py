@@ -13,7 +13,7 @@ from robustloader.decisions.workers import AutoWorkers
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
 from robustloader.engine.iterator import MultiprocessIterator
-from robustloader.engine.options import EngineOptions, EpochCounter
+from robustloader.engine.options import EngineOptions, EpochCounter, Measured
 from robustloader.engine.progress import Journal
 from robustloader.engine.resume import (
     begin_next,
@@ -62,7 +62,8 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         seeding: "worker" gives torch's random streams. "batch" (map-style datasets) seeds Python, NumPy and torch
             before each batch from the base seed, the epoch and the batch number, so that a batch is the same whoever
             loads it, with any number of workers.
-        transport: how batches cross between processes: "pipe", or "auto", the best there is.
+        transport: how batches cross between processes: "arena" (shared memory that workers fill and the training
+            process reads in place), "pipe" (copied through a socket), or "auto": the arena where the system has memfd.
         num_workers: besides torch's numbers, "auto": as many as there are processors to use, for all the ranks of
             this machine (``LOCAL_WORLD_SIZE``) together.
         kwargs: passed on to torch's constructor, for parameters that a newer torch may have.
@@ -140,6 +141,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         self._epochs = EpochCounter()
         self._journal = Journal()
         self._continuation = Continuation()
+        self._measured = Measured()
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # --- iterating
@@ -178,6 +180,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             recovery=self.recovery,
             memory=self.memory,
             seeding=self.seeding,
+            transport=self.transport,
             desk=self._desk,
             recorder=self._recorder,
             epochs=self._epochs,
@@ -187,6 +190,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
             dataset=self.dataset,
+            measured=self._measured,
         )
         iterator: InProcessIterator | MultiprocessIterator
         # What an iterable epoch began without workers has no shards to share out: its rest is loaded without them too.

@@ -29,7 +29,7 @@ __all__ = [
 
 Action = Literal["raise", "skip", "replace"]
 Seeding = Literal["worker", "batch"]
-Transport = Literal["auto", "pipe"]
+Transport = Literal["auto", "arena", "pipe"]
 
 TRANSIENT: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
 FATAL: tuple[type[BaseException], ...] = (
@@ -96,7 +96,9 @@ class Retry:
         wait: a tenacity wait strategy, in seconds. The default starts at 0.05 s, doubles, adds up to 0.1 s of jitter
             and stays below 2 s, so that a sample costs about as much as a slow batch, never a stalled run.
         on: exception types worth a retry. The default is what a network or a busy file system raises in passing:
-            ``ConnectionError``, ``TimeoutError``, ``InterruptedError``, ``BlockingIOError``.
+            ``ConnectionError``, ``TimeoutError``, ``InterruptedError``, ``BlockingIOError``. An ``OSError`` that says
+            the machine has run out of something (EMFILE, ENFILE, ENOSPC, EDQUOT, ENOMEM) is retried whatever stands
+            here, since it says nothing about the sample.
     """
 
     stop: stop_base = field(default_factory=lambda: stop_after_attempt(3))
@@ -209,21 +211,36 @@ class RecoveryPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPolicy:
-    """What to do when memory runs short; looked at before each epoch.
+    """What to do when the machine's limits come near: memory, open files, processes.
+
+    Open files and processes are looked at before workers are started, memory before each epoch, again with the first
+    batch, whose size tells what the lookahead will take, and at most once a second while the epoch runs.
 
     Args:
         on_low: "warn" says so with the numbers and the remedy, "raise" raises
-            :class:`~robustloader.ResourceError`, "adapt" warns and prefetches one batch per worker instead of
-            ``prefetch_factor``.
-        headroom_fraction: share (0 to 1) of the control group's or the host's memory that should be free.
+            :class:`~robustloader.ResourceError`. "adapt" raises the soft limit of open files, or starts fewer workers;
+            where memory is low it loads fewer batches ahead, then takes workers away (map-style datasets), and says
+            what it did.
+        headroom_fraction: share (0 to 1) of the control group's or the host's memory that should stay free. The
+            default of 0.1 leaves the trainer room to grow before the kernel's memory killer looks for a victim.
+        max_worker_bytes: a worker that holds more than this many bytes of memory of its own (what its end would give
+            back: unique set size) is replaced by a fresh process between two tasks, from its eighth task on; None
+            never. Map-style datasets only: a stream would have to be read again from its beginning.
+        max_arena_bytes: how many bytes the batches on their way from the workers may take in shared memory. None is
+            not unlimited: it takes half of what is free above the headroom when the workers are started. With 0 every
+            batch goes through a socket.
     """
 
     on_low: Literal["warn", "raise", "adapt"] = "adapt"
     headroom_fraction: float = 0.1
+    max_worker_bytes: int | None = None
+    max_arena_bytes: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("on_low", self.on_low, ("warn", "raise", "adapt"))
         check_number("headroom_fraction", self.headroom_fraction, high=1.0)
+        check_number("max_worker_bytes", self.max_worker_bytes, low=1, whole=True, optional=True)
+        check_number("max_arena_bytes", self.max_arena_bytes, whole=True, optional=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,11 +251,14 @@ class TelemetryPolicy:
         sinks: objects with a ``receive(event)`` method; see :class:`~robustloader.Sink`.
         log_epochs: whether each epoch ends with one line at level INFO in ``logging.getLogger("robustloader")``.
         history: how many epoch summaries are kept, a whole number.
+        progress_s: seconds between two :class:`~robustloader.EpochProgressed` of a running epoch, which sinks get (no
+            sinks, no events); more often than that nobody looks at a dashboard. None sends none.
     """
 
     sinks: tuple[Sink, ...] = ()
     log_epochs: bool = True
     history: int = 128
+    progress_s: float | None = 5.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.sinks, tuple):
@@ -248,6 +268,7 @@ class TelemetryPolicy:
                 raise OptionError("sinks", self.sinks, "a tuple of objects with a receive(event) method")
         check_bool("log_epochs", self.log_epochs)
         check_number("history", self.history, low=1, whole=True)
+        check_number("progress_s", self.progress_s, above=True, optional=True)
 
 
 def _describe(strategy: Any) -> str:

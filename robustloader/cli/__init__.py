@@ -7,16 +7,17 @@ returns the exit status: 0 when all is well, 1 when a check found trouble, 2 for
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import robustloader
-from robustloader.cli import demo
+from robustloader.cli import demo, doctor, report, watch
 
 __all__ = ["main"]
 
 DESCRIPTION = "A DataLoader for PyTorch that survives damaged samples and dying workers."
-COMMANDS = (demo,)
+COMMANDS = (doctor, demo, report, watch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0 when all is well, 1 when a check found trouble, 2 for bad arguments, 130 after Ctrl-C.
+        The exit status: 0 when all is well, 1 when a check found trouble, 2 for bad arguments, 130 after Ctrl-C, 141
+        where whoever read the output has left (128 and the signal's number, as a shell would say).
     """
     parser = argparse.ArgumentParser(prog="robustloader", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {robustloader.__version__}")
@@ -35,9 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     try:
         options = parser.parse_args(argv)
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except SystemExit as stop:  # argparse exits where a caller of main() wants a status
         return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        # Whoever read has left, as in "| head". What Python still holds must not fail when it is flushed at the end.
+        # Source: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("robustloader: interrupted", file=sys.stderr)
         return 130

@@ -2,17 +2,26 @@
 
 Pure rules over plain numbers. The verdict and the advice look at the loop after its first batch: the first wait holds
 the start of the worker processes, which says nothing about how fast they load.
+
+*Sources*: the verdict reads the share of its time that the consumer waits. In grain each node of a pipeline tells the
+share of the time that the pipeline waits for it (``ExecutionSummary.Node.wait_time_ratio``,
+https://github.com/google/grain/blob/main/grain/proto/execution_summary.proto); here there is one such node. How busy
+the producers are tells a steady shortage from bursts: SPDL reads it off the time that they are blocked in ``put`` and
+the time that the consumer is blocked in ``get`` (``QueuePerfStats``, ``ave_put_time`` and ``ave_get_time``,
+https://facebookresearch.github.io/spdl/latest/optimization_guide/stats.html). The number of batches that lie ready, its
+``occupancy_rate``, is told but not judged by: batches come in order, and while one is waited for, later ones pile up
+although every worker is busy. The thresholds are argued below, each at its place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-__all__ = ["Facts", "Verdict", "WorkerPace", "advise", "judge"]
+__all__ = ["Facts", "Verdict", "WorkerPace", "advise", "find_stragglers", "judge"]
 
 Verdict = Literal["input-bound", "compute-bound", "balanced", "warm-up"]
 
@@ -31,6 +40,9 @@ STRAGGLER = 2.0
 STRAGGLER_TASKS = 10
 # Below this the workers have time left, so that more of them would not help.
 WORKERS_BUSY = 0.5
+# An epoch with nothing to load passes some 1,900 batches a second from two workers on two cores (torch 2.13, batches of
+# eight integers): pickling, two messages and a wake-up each.
+HANDOVER_S = 0.5e-3
 # Workers to keep beyond the mean need, since loading times vary.
 SPARE_WORKERS = 1.25
 
@@ -94,6 +106,13 @@ class Facts:
         return min(1.0, _share(busy_s, self.workers_requested * (self._steady_wait_s + self.step_s)))
 
     @property
+    def load_mean_s(self) -> float:
+        """Seconds it takes to load a batch, on average; in the training process, what the loop waits for one."""
+        if self.workers_requested == 0:
+            return _share(self._steady_wait_s, self.batches)
+        return _share(sum(worker.busy_s for worker in self.pace), sum(worker.tasks for worker in self.pace))
+
+    @property
     def _steady_wait_s(self) -> float:
         return max(0.0, self.wait_s - self.first_wait_s)
 
@@ -132,6 +151,26 @@ def advise(facts: Facts) -> str:
     return _on_straggler(facts) or _on_balanced(facts)
 
 
+def find_stragglers(pace: Sequence[WorkerPace]) -> tuple[int, ...]:
+    """The workers whose mean time per task is at least twice the median of the others', in the order of their ids.
+
+    Workers with fewer than ten tasks are left out: a few expensive samples make no straggler.
+    """
+    means = _means(pace)
+    if len(means) < 2:
+        return ()
+    return tuple(worker for worker in sorted(means) if means[worker] >= STRAGGLER * _usual(means, worker) > 0)
+
+
+def _means(pace: Sequence[WorkerPace]) -> dict[int, float]:
+    return {worker.worker_id: worker.busy_s / worker.tasks for worker in pace if worker.tasks >= STRAGGLER_TASKS}
+
+
+def _usual(means: Mapping[int, float], but: int) -> float:
+    """The median of the other workers' means."""
+    return median(mean for worker, mean in means.items() if worker != but)
+
+
 def _on_trouble(facts: Facts) -> str:
     """What went wrong comes before what went slowly."""
     share = _share(facts.faults, facts.samples + facts.faults)
@@ -160,6 +199,10 @@ def _on_input_bound(facts: Facts) -> str:
     workers, cpus = facts.workers_requested, facts.usable_cpus
     # Loading has to become wait + step over step times as fast; that many times the workers, if they all are busy.
     speedup = 1.0 / max(1e-9, 1.0 - facts.wait_fraction)
+    load_s = facts.load_mean_s
+    if 0 < load_s < HANDOVER_S:
+        remedy = "try num_workers=0, or larger batches" if workers else "larger batches cost less each"
+        return f"A batch loads in {1e6 * load_s:.0f} µs, faster than a worker hands it over: {remedy}."
     if workers == 0:
         wanted = max(1, min(math.ceil(speedup), cpus))
         return f"Loading runs in the training process: num_workers={wanted} would load while it computes."
@@ -182,11 +225,11 @@ def _on_input_bound(facts: Facts) -> str:
 
 def _on_straggler(facts: Facts) -> str:
     """Batches come in order, so that one slow worker holds up the others."""
-    means = {w.worker_id: w.busy_s / w.tasks for w in facts.pace if w.tasks >= STRAGGLER_TASKS}
+    means = _means(facts.pace)
     if len(means) < 2:
         return ""
     slowest = max(means, key=lambda worker: means[worker])
-    usual = median(mean for worker, mean in means.items() if worker != slowest)
+    usual = _usual(means, slowest)
     if usual <= 0 or means[slowest] < STRAGGLER * usual:
         return ""
     return (

@@ -56,6 +56,8 @@ def count_indices(indices: Any) -> int:
 
 def once_only(indices: Any) -> Any:
     """``indices``, as a list where it is an iterator: that can be read once, and is needed more often."""
+    if type(indices) is list:
+        return indices
     return list(indices) if isinstance(indices, Iterator) else indices
 
 

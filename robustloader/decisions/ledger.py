@@ -71,7 +71,7 @@ class Ledger:
     @property
     def ready(self) -> int:
         """How many tasks have arrived and wait to be delivered."""
-        return sum(task.arrived for task in self._tasks.values())
+        return len(self._arrivals)
 
     def open(self, indices: Any, samples: list[Any]) -> Task:
         """Enter a new task."""

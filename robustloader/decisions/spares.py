@@ -9,14 +9,14 @@ the same spares whatever its lookahead and number of workers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 __all__ = ["SpareReservoir"]
 
 _MASK = (1 << 64) - 1
+_MULTIPLIER = 6_364_136_223_846_793_005  # of Knuth's MMIX, whose high bits are good
 _OFFERED_PER_TASK = 8
 
 
@@ -28,14 +28,6 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _mix_all(values: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The same for an array; its arithmetic wraps by itself."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 class SpareReservoir:
     """Up to ``capacity`` indices of the epoch so far, and draws from them.
 
@@ -43,21 +35,24 @@ class SpareReservoir:
     is fixed then: the tasks before it and its own indices; from its second round on also the task after it, from the
     third the two after it, and so on, so that even an epoch that begins with nothing but bad samples finds a good one.
 
-    Of a large batch only eight indices are offered: the reservoir needs variety, not every index, and this keeps its
-    cost per batch constant.
+    Of each batch at most eight indices are offered, and kept or not together, as one row: the reservoir needs variety,
+    not every index. Observing is a handful of operations, because every batch pays for it; drawing may cost more.
     """
 
     def __init__(self, *, seed: int, epoch: int, capacity: int = 1024) -> None:
         self._key = _mix(_mix(seed & _MASK) ^ (epoch & _MASK))
         self._capacity = capacity
-        self._kept: list[Any] = []
+        self._rows: list[list[Any]] = []
+        self._most_rows = 0  # known once a batch has been seen
         self._seen = 0
-        self._views: dict[int, tuple[Any, ...]] = {}
+        # What the rows were: (task, row, what it held before, or None where it was added), as far as it may be asked.
+        self._changes: deque[tuple[int, int, list[Any] | None]] = deque()
         self._offers: dict[int, list[Any]] = {}
+        self._open: dict[int, None] = {}
         self._observed = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(map(len, self._rows))
 
     @property
     def observed(self) -> int:
@@ -67,84 +62,95 @@ class SpareReservoir:
     def observe(self, task: int, indices: list[Any]) -> None:
         """Take note of the indices of ``task``, the next one in order."""
         self._observed = task + 1
+        self._open[task] = None
         count = len(indices)
-        offers = []
-        if count:
-            start = _mix(self._key ^ task) % count
-            stride = max(1, count // _OFFERED_PER_TASK)
-            offers = [indices[(start + k * stride) % count] for k in range(min(count, _OFFERED_PER_TASK))]
-        for index in offers:
-            self._offer(index)
-        self._offers[task] = offers
-        self._views[task] = tuple(self._kept)
+        if not count:
+            return
+        word = _mix(self._key ^ task)
+        offered = min(_OFFERED_PER_TASK, self._capacity)
+        stride = max(1, count // offered)
+        row = self._offers[task] = indices[word % stride :: stride][:offered]
+        if not self._seen:
+            self._most_rows = max(1, self._capacity // min(offered, count))
+        self._seen += 1
+        if self._seen <= self._most_rows and len(self._rows) * offered + len(row) <= max(self._capacity, offered):
+            self._changes.append((task, len(self._rows), None))
+            self._rows.append(row)
+            return
+        # Each row so far is as likely as any other to be among those kept (algorithm R, with rows for items).
+        place = (word >> 32) % self._seen
+        if place < len(self._rows) and len(row) <= len(self._rows[place]):
+            self._changes.append((task, place, self._rows[place]))
+            self._rows[place] = row
 
     def pass_over(self, items: Sequence[Any], size: int) -> None:
         """Take note of the next tasks, of ``size`` indices each, that will never be loaded again: a resumed epoch's.
-
-        The same as ``observe`` and ``close`` for each of them, at a small part of the cost.
 
         Args:
             items: the indices of these tasks, one after another.
             size: indices per task; divides ``len(items)``.
         """
-        count = len(items) // size
-        first, self._observed = self._observed, self._observed + count
-        each = min(size, _OFFERED_PER_TASK)
-        starts = _mix_all(np.uint64(self._key) ^ np.arange(first, first + count, dtype=np.uint64)) % np.uint64(size)
-        steps = np.arange(each, dtype=np.uint64) * np.uint64(max(1, size // _OFFERED_PER_TASK))
-        within = (starts[:, None] + steps) % np.uint64(size)
-        places = (within + (np.arange(count, dtype=np.uint64) * np.uint64(size))[:, None]).ravel()
-        room = min(len(places), self._capacity - len(self._kept))
-        for place in places[:room].tolist():
-            self._offer(items[place])
-        places = places[room:]
-        numbers = np.arange(self._seen + 1, self._seen + 1 + len(places), dtype=np.uint64)
-        slots = _mix_all(np.uint64(self._key) ^ (numbers << np.uint64(20))) % numbers
-        for hit in np.flatnonzero(slots < np.uint64(self._capacity)).tolist():
-            self._kept[int(slots[hit])] = items[int(places[hit])]
-        self._seen += len(places)
+        for begin in range(0, len(items), size):
+            task = self._observed
+            self.observe(task, list(items[begin : begin + size]))
+            self.close(task)
 
     @property
-    def mark(self) -> tuple[int, int, tuple[Any, ...]]:
-        """All that later choices depend on: tasks and offers so far, and what is kept."""
-        return self._observed, self._seen, tuple(self._kept)
+    def mark(self) -> tuple[int, int, int, tuple[list[Any], ...]]:
+        """What the choices of tasks that are not observed yet depend on, as plain values."""
+        return self._observed, self._seen, self._most_rows, tuple(self._rows)
 
-    def restore(self, mark: tuple[int, int, Sequence[Any]]) -> None:
-        """Go on from a :attr:`mark`."""
-        self._observed, self._seen, kept = mark
-        self._kept = list(kept)
+    def restore(self, mark: tuple[int, int, int, Sequence[Sequence[Any]]]) -> None:
+        """Go on from a :attr:`mark`, with no task open."""
+        self._observed, self._seen, self._most_rows, rows = mark
+        self._rows = [list(row) for row in rows]
 
     def draw(self, task: int, count: int, *, round: int = 1) -> tuple[Any, ...]:
         """Up to ``count`` different spares for ``task``; a later ``round``, counted from 1, gives other ones.
 
         Round *r* looks at the ``r - 1`` tasks after this one: observe them first, as far as the sampler goes.
         """
-        pool = self._views.get(task, ())
+        rows = self._rows_at(task)
         for later in range(task + 1, task + round):
-            pool += tuple(self._offers.get(later, ()))
-        size = len(pool)
-        state = self._key ^ _mix(task) ^ (round << 48)
-        slots: dict[int, None] = {}
-        for _ in range(min(count, size)):
-            state = _mix(state)
-            slot = state % size
-            while slot in slots:
-                slot = (slot + 1) % size
-            slots[slot] = None
-        return tuple(pool[slot] for slot in slots)
+            if offers := self._offers.get(later):
+                rows = [*rows, offers]
+        if not rows:
+            return ()
+        state = _mix(self._key ^ task ^ (round << 48))
+        taken: dict[tuple[int, int], None] = {}
+        most = sum(map(len, rows)) if len(rows) < count else count
+        for _ in range(min(count, most)):
+            state = (state * _MULTIPLIER + 1) & _MASK
+            row = (state >> 33) % len(rows)
+            column = (state >> 48) % len(rows[row])
+            while (row, column) in taken:
+                column += 1
+                if column == len(rows[row]):
+                    row, column = (row + 1) % len(rows), 0
+            taken[row, column] = None
+        return tuple(rows[row][column] for row, column in taken)
 
     def close(self, task: int) -> None:
         """``task`` needs no spares any more."""
-        self._views.pop(task, None)
-        oldest = next(iter(self._views), self._observed)
+        self._open.pop(task, None)
+        oldest = next(iter(self._open), self._observed)
+        while self._changes and self._changes[0][0] <= oldest:
+            self._changes.popleft()
         for number in [number for number in self._offers if number <= task and number < oldest]:
             del self._offers[number]
 
-    def _offer(self, index: Any) -> None:
-        self._seen += 1
-        if len(self._kept) < self._capacity:
-            self._kept.append(index)
-            return
-        slot = _mix(self._key ^ (self._seen << 20)) % self._seen
-        if slot < self._capacity:
-            self._kept[slot] = index
+    def _rows_at(self, task: int) -> list[list[Any]]:
+        """The rows as they were when ``task`` had just been observed."""
+        if task not in self._open:
+            return []
+        if not self._changes or self._changes[-1][0] <= task:
+            return self._rows
+        rows = self._rows.copy()
+        for changed, place, before in reversed(self._changes):
+            if changed <= task:
+                break
+            if before is None:
+                del rows[place]
+            else:
+                rows[place] = before
+        return rows

@@ -97,8 +97,9 @@ class Books:
     def pass_over(self, indices: Any) -> None:
         """A task that was delivered before the epoch was resumed."""
         task = self.ledger.skip()
-        self.spares.observe(task, as_list(indices, batched=self.batched))
-        self.spares.close(task)
+        if self.desk.repairs:
+            self.spares.observe(task, as_list(indices, batched=self.batched))
+            self.spares.close(task)
 
     def avoid_known(self, task: Task) -> None:
         """Provide for what must not be fetched, and for what may turn out bad."""

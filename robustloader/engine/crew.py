@@ -19,7 +19,15 @@ from robustloader.decisions.keys import Key
 from robustloader.decisions.ledger import Task
 from robustloader.engine.pool import Died, Pool, Worker
 from robustloader.errors import RestartBudgetError, WorkerCrashError
-from robustloader.events import Event, PoolHealed, PoolShrunk, WorkerCrashed, WorkerHung, WorkerRestarted
+from robustloader.events import (
+    Event,
+    PoolHealed,
+    PoolShrunk,
+    WorkerCrashed,
+    WorkerHung,
+    WorkerRecycled,
+    WorkerRestarted,
+)
 from robustloader.policies import RecoveryPolicy
 from robustloader.system import host
 from robustloader.telemetry import EpochRecording
@@ -56,6 +64,9 @@ class Slot:
         state: "live" (there is a process), "waiting" (for its restart), "starting" (off the calling thread),
             "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk).
         streak: deaths in a row without a finished task between them.
+        leaving: why this slot's process goes once its tasks are done: "recycle" (another takes its place), "retire"
+            (the pool goes on without it), or "" for none of it; ``held_bytes`` and ``leaving_reason`` tell more.
+        recycled: the next process follows one that was replaced, not one that died.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
         ended, batches, calls, deaths, kills, rng, snapshot, orders: iterable only. Whether this shard has ended, how
             many of its batches have arrived, how often its stream was read for them, how many processes have died at
@@ -71,6 +82,10 @@ class Slot:
     due_ns: int = 0
     waited_s: float = 0.0
     streak: int = 0
+    leaving: str = ""
+    leaving_reason: str = ""
+    held_bytes: int = 0
+    recycled: bool = False
     trials: deque[TrialCase] = field(default_factory=deque)
     trial: TrialCase | None = None
     ended: bool = False
@@ -85,15 +100,21 @@ class Slot:
     @property
     def takes_tasks(self) -> bool:
         """Whether new tasks may go to this slot's process now."""
-        return self.state == "live" and self.trial is None and not self.trials
+        return self.state == "live" and self.trial is None and not self.trials and not self.leaving
 
 
 class Crew:
     """Slots, restart budget and pool size of one iterator.
 
+    Attributes:
+        tick_s: how often, in seconds, deadlines should be looked at.
+
     Args:
         policy: None recovers nothing.
         heals: whether the pool may grow back within an epoch.
+
+    Attributes:
+        memory_low: the pool must not grow back now.
     """
 
     def __init__(
@@ -118,6 +139,7 @@ class Crew:
         self._waited_ns = 0
         self._since_shrink = 0
         self.failed_starts = 0
+        self.memory_low = False
         self.anyone_ready = False
         if policy is not None:
             self.budget = RestartBudget(
@@ -125,6 +147,8 @@ class Crew:
             )
         self._sample_limit_s = policy.hang_after_s if policy is not None else None
         self._task_limit_s = timeout_s or None
+        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
+        self.tick_s = min([1.0, *(max(0.02, limit / 8) for limit in limits)])
 
     # --- who is there
 
@@ -138,18 +162,13 @@ class Crew:
         """Worker processes there are, or will be when their restart is due."""
         return sum(slot.state in ("live", "waiting", "starting") for slot in self.slots)
 
-    @property
-    def tick_s(self) -> float:
-        """How often, in seconds, deadlines should be looked at."""
-        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
-        return min([1.0, *(max(0.02, limit / 8) for limit in limits)])
-
-    def start_all(self, details: Details) -> Exception | None:
-        """Start every slot's first process. What one raises comes back; those started before stay."""
+    def start_all(self, details: Details, workers: int) -> Exception | None:
+        """Start the first processes of the first ``workers`` slots that have something to load. What one raises comes
+        back; those started before stay."""
         for slot in self.slots:
-            if slot.ended:  # of a resumed epoch: there is nothing left to load
+            if slot.ended:  # before the epoch was resumed
                 slot.state = "ended"
-                continue
+        for slot in [slot for slot in self.slots if not slot.ended][:workers]:
             try:
                 slot.worker = self.pool.start(slot.worker_id, slot.incarnation, **details(slot))
             except Exception as error:
@@ -218,6 +237,7 @@ class Crew:
         if worker is not None and worker.finished:
             slot.streak = 0
         slot.worker = None
+        slot.leaving = ""
         slot.streak += 1
         slot.incarnation += 1
 
@@ -236,9 +256,31 @@ class Crew:
 
     def schedule(self, slot: Slot) -> None:
         """Restart the slot's worker when its backoff is over."""
-        slot.state = "waiting"
-        slot.waited_s = self.budget.delay_s(slot.streak)
+        slot.state, slot.recycled = "waiting", False
+        slot.waited_s = self.budget.delay_s(slot.streak) if self.policy is not None else 0.0
         slot.due_ns = time.monotonic_ns() + int(slot.waited_s * 1e9)
+
+    def let_go(self, slot: Slot, limit_bytes: int | None) -> None:
+        """Dismiss the process of a slot that is to leave and has nothing to do: replaced at once, or for good."""
+        worker, leaving = slot.worker, slot.leaving
+        assert worker is not None
+        self.pool.dismiss(worker)
+        slot.worker, slot.leaving = None, ""
+        slot.incarnation += 1
+        if leaving == "retire":
+            self.retire(slot, slot.leaving_reason)
+            return
+        slot.state, slot.recycled, slot.streak = "waiting", True, 0
+        slot.due_ns, slot.waited_s = 0, 0.0
+        self.emit(
+            WorkerRecycled(
+                epoch=self.recording.epoch,
+                worker_id=worker.worker_id,
+                pid=worker.pid,
+                used_bytes=slot.held_bytes,
+                limit_bytes=limit_bytes or 0,
+            )
+        )
 
     def retire(self, slot: Slot, reason: str) -> None:
         """The pool goes on without this slot."""
@@ -278,7 +320,7 @@ class Crew:
                 self._heal()
 
     def _heal(self) -> None:
-        if not self._heals or not 0 < self.size < len(self.slots):
+        if not self._heals or self.memory_low or not 0 < self.size < len(self.slots):
             return
         slot = next(slot for slot in self.slots if slot.state == "retired")
         self.size += 1
@@ -311,6 +353,9 @@ class Crew:
         slot = self.slot_of(worker)
         slot.worker = worker
         slot.state = "live"
+        if slot.recycled:
+            slot.recycled = False
+            return slot
         self.emit(
             WorkerRestarted(
                 epoch=self.recording.epoch,

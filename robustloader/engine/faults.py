@@ -37,6 +37,7 @@ class FaultDesk:
         self._first: list[FaultRecord] = []
         self._warned: set[str] = set()
         self._commonest: Counter[str] = Counter()
+        self._hints: Counter[str] = Counter()
 
     @property
     def known_bad(self) -> dict[Key, FaultKind]:
@@ -95,7 +96,7 @@ class FaultDesk:
             kind=fault.kind,
             index=fault.index,
             error_type=fault.error_type,
-            message=fault.message,
+            message=f"{fault.message}; {fault.hint}" if fault.hint else fault.message,
             traceback=fault.traceback,
             worker_id=worker_id,
             pid=os.getpid() if pid is None else pid,
@@ -105,6 +106,8 @@ class FaultDesk:
             action=fault.action,
             replacement=fault.replacement,
         )
+        if fault.hint and fault.action not in ("retried", "raised"):
+            self._hints[fault.hint] += 1
         self.enter_record(record, recording, transient=fault.transient)
 
     def enter_record(self, record: FaultRecord, recording: EpochRecording, *, transient: bool = False) -> None:
@@ -146,11 +149,15 @@ class FaultDesk:
         if self.policy.action == "raise" or not budget.exceeded:
             return None
         common = ", ".join(f"{name} ({count})" for name, count in self._commonest.most_common(3))
+        remedy = "Mend the data, or raise burst or max_fraction."
+        hint, count = (self._hints.most_common(1) or [("", 0)])[0]
+        if 2 * count >= budget.faults:
+            remedy = f"In {count} of them the data is not at fault: {hint}."
         traces = "\n".join(record.traceback for record in self._first[:2] if record.traceback)
         return FaultBudgetError(
             f"{budget.faults} of {budget.samples} samples failed, but FaultPolicy(burst={self.policy.burst}, "
             f"max_fraction={self.policy.max_fraction}) allows {budget.allowed}. Commonest: {common}. "
-            f"Mend the data, or raise burst or max_fraction. First tracebacks:\n{traces}",
+            f"{remedy} First tracebacks:\n{traces}",
             faults=budget.faults,
             samples=budget.samples,
             records=self._first,

@@ -24,7 +24,7 @@ from robustloader.events import BatchInfo
 from robustloader.state import LoaderState
 from robustloader.system import host, torch_private
 from robustloader.transport.messages import Fetch, Raised, Report
-from robustloader.worker.collate import private_collate
+from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import (
     Broken,
     Ended,
@@ -39,7 +39,7 @@ from robustloader.worker.fetch import (
 from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
 from robustloader.worker.stateful import restored_fetcher, take_snapshot
 
-__all__ = ["InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of"]
+__all__ = ["InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
 
 
 def batch_nbytes(batch: Any, depth: int = 3) -> int:
@@ -51,6 +51,15 @@ def batch_nbytes(batch: Any, depth: int = 3) -> int:
     if depth and isinstance(batch, (list, tuple)):
         return sum(batch_nbytes(value, depth - 1) for value in batch)
     return int(getattr(batch, "nbytes", 0)) if hasattr(batch, "__array_interface__") else 0
+
+
+def count_tensors(batch: Any, depth: int = 3) -> int:
+    """How many tensors and arrays a batch holds, as far as common containers show them."""
+    if depth and isinstance(batch, dict):
+        return sum(count_tensors(value, depth - 1) for value in batch.values())
+    if depth and isinstance(batch, (list, tuple)):
+        return sum(count_tensors(value, depth - 1) for value in batch)
+    return int(isinstance(batch, torch.Tensor) or hasattr(batch, "__array_interface__"))
 
 
 class InProcessIterator(torch_private.LoaderIterator):
@@ -144,7 +153,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._close_recording(complete=True)
             raise
         now = time.monotonic_ns()
-        self._recording.waited(now - begun, 0)
+        self._recording.waited(now - begun, 0, now)
         self._returned_ns = time.monotonic_ns()
         return batch
 
@@ -199,7 +208,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._raise(outcome)
         assert isinstance(outcome, Loaded)
         report = outcome.report or Report()
-        self._recording.worker_task(None, outcome.samples, load_ns, 0)
+        self._recording.worker_task(None, outcome.samples, load_ns, 0, task, None, begun)
         batch = outcome.batch
         self._recording.delivered(outcome.samples, batch_nbytes(batch))
         self.batch_info = BatchInfo(
@@ -344,7 +353,7 @@ class StandIn:
 
     @contextlib.contextmanager
     def _as_worker(self) -> Iterator[None]:
-        with self._streams.active(), torch_private.worker_info(self._info), private_collate():
+        with self._streams.active(), torch_private.worker_info(self._info), Stacker().installed():
             yield
 
     def fetch(self, order: Fetch, epoch: int) -> Outcome:

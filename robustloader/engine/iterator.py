@@ -22,19 +22,20 @@ from torch.utils.data import DataLoader
 
 from robustloader.decisions.keys import index_key, once_only
 from robustloader.decisions.ledger import Task
+from robustloader.decisions.limits import plan_recycle
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import StandIn, batch_nbytes, calls_of
-from robustloader.engine.memory import check_memory
+from robustloader.engine.memory import MemoryGuard, arena_limits
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
 from robustloader.engine.progress import Resumption
 from robustloader.engine.recovery import Recovery
 from robustloader.engine.resume import shard_progress
-from robustloader.errors import SampleError, WorkerStartError
-from robustloader.events import BatchInfo, TaskReplayed
+from robustloader.errors import ResourceError, SampleError, WorkerStartError
+from robustloader.events import BatchInfo, TaskReplayed, TransportDegraded
 from robustloader.system import host, torch_private
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.channel import Frame
@@ -59,6 +60,8 @@ from robustloader.worker.process import Cargo, Setup
 from robustloader.worker.seeding import worker_seed
 
 __all__ = ["MultiprocessIterator"]
+
+_LOOK_EVERY_NS = 1_000_000
 
 
 @dataclass(slots=True)
@@ -114,7 +117,17 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._persistent = loader.persistent_workers and not self.once
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
+        self._arena, self._no_arena = arena_limits(options.transport, options.memory, self.num_workers)
         self._happenings: deque[Happening] = deque()
+        self._guard = MemoryGuard(
+            options.memory,
+            options.measured,
+            min_workers=self._policy.min_workers if self._policy is not None else 1,
+            can_shrink=not options.iterable,
+        )
+        startable, shortage = self._guard.before_start(self.num_workers, recovers=self._policy is not None)
+        memory = options.memory
+        self._max_worker_bytes = memory.max_worker_bytes if memory is not None and not options.iterable else None
         context = loader.multiprocessing_context
         make_setup = functools.partial(
             Setup,
@@ -125,8 +138,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             iterable=options.iterable,
             batched=options.batched,
             drop_last=loader.drop_last,
+            max_worker_bytes=self._max_worker_bytes,
         )
-        self._pool = Pool(torch.multiprocessing if context is None else context, make_setup)
+        try:
+            self._pool = Pool(torch.multiprocessing if context is None else context, make_setup)
+        except OSError as error:
+            raise self._guard.explain(error) or error from error
         self._resources = _Resources(self._pool)
         self._finalizer = util.Finalize(self, self._resources.release, exitpriority=100)
         self._books = Books(
@@ -148,7 +165,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._open_books()
             if resume is not None and options.iterable:
                 self._resume_shards(resume)
-            self._start_workers()
+            self._start_workers(startable, shortage)
             if self.pins:
                 pin = functools.partial(torch_private.pin_memory, device=self.pin_device)
                 self._books.pinner = Pinner(pin, torch.accelerator.current_device_index(), self._pool.wake)
@@ -174,6 +191,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         recording.active_workers = self._crew.size
         self._crew.recording = self._resources.recording = recording
         self._resources.all_delivered = self._drained = False
+        self._degraded: set[int | None] = set()
+        if self._no_arena:
+            self._note_degraded(None, self._no_arena)
         resume = self._resume_from
         self._books.begin(
             recording,
@@ -185,7 +205,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._books.spares = resume.spares
         self._cycle = 0
         self._put_ahead = 0
-        self._returned_ns = 0
+        self._returned_ns = self._looked_ns = self._asked_ns = self._lay_ready = 0
         self._last: tuple[Task, Result] | None = None
         self._stand_in: StandIn | None = None
         self._stream_indices: Any = None
@@ -233,18 +253,21 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             "snapshot": slot.snapshot,
             "indices": self._stream_indices,
             "rng": slot.rng,
+            "arena": self._arena,
         }
 
-    def _start_workers(self) -> None:
-        error = self._crew.start_all(self._start_details)
+    def _start_workers(self, startable: int, shortage: ResourceError | None) -> None:
+        """Start ``startable`` processes; with a ``shortage`` these are not all."""
+        error = self._crew.start_all(self._start_details, startable) or shortage
         if error is None:
             return
         if self._policy is None:
-            raise error
+            raise self._guard.explain(error) or error from error
         # EAGAIN and ENOMEM, or the assertion that a daemonic process has no children: nothing a retry would mend.
-        if not isinstance(error, (OSError, AssertionError)):
+        if not isinstance(error, (OSError, AssertionError, ResourceError)):
             raise WorkerStartError(f"a worker process could not be started: {error}") from error
-        self._recovery.without([slot for slot in self._crew.slots if slot.worker is None], error)
+        missing = [slot for slot in self._crew.slots if slot.worker is None and not slot.ended]
+        self._recovery.without(missing, error)
 
     def _await_starts(self) -> None:
         """Wait until every worker has run ``worker_init_fn``, so that what it raised is raised by ``iter()``."""
@@ -278,7 +301,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                         self._recovery.orphans.append(slot)
                 elif slot.state == "retired" and self._options.iterable:
                     self._recovery.orphans.append(slot)
-        self._prefetch = check_memory(self._options.memory, self._wanted_prefetch, self._books.recording)
+        self._crew.memory_low = False
+        self._prefetch = self._guard.begin_epoch(self._wanted_prefetch, self.num_workers, self._books.recording)
         self._begin_progress(first=first)
         for _ in range(self._prefetch * sum(not slot.ended for slot in self._crew.slots)):
             self._put()
@@ -386,6 +410,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 case = slot.trial = slot.trials.popleft()
                 self._pool.send(worker, Trial(books.run, case.task.id, case.position, case.index))
             return
+        if slot.leaving and not books.closing:
+            if not books.ledger.waiting_for(slot.worker_id):
+                self._crew.let_go(slot, self._max_worker_bytes)
+            return
         while slot.orders:
             self._give(slot.orders.popleft(), slot)
         while books.queue and books.ledger.waiting_for(slot.worker_id) < self._prefetch:
@@ -411,11 +439,14 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             )
         elif not self._pool.owned:
             raise RuntimeError("this iterator belongs to another process; make one of its own in a forked child")
-        elif not self.closed:
+        elif not self.closed and begun - self._looked_ns > _LOOK_EVERY_NS and self._has_ready():
+            self._looked_ns = begun
             self._turn(0.0)
+        self._asked_ns, self._lay_ready = begun, books.ledger.ready
         heard_ns = begun
         while True:
-            self._raise_error()
+            if books.error is not None:
+                self._raise_error()
             task = books.ledger.deliverable()
             if task is not None and task.result.pinned:
                 return self._deliver(task, begun)
@@ -429,12 +460,17 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             elif strict_s and time.monotonic_ns() - heard_ns > strict_s * 1e9:
                 raise RuntimeError(f"DataLoader timed out after {self.timeout_s} seconds")
 
+    def _has_ready(self) -> bool:
+        """Whether a batch can be handed out without waiting. Then the workers are listened to now and then only: a loop
+        that takes less than a millisecond would spend a good part of it on that."""
+        task = self._books.ledger.deliverable()
+        return task is not None and bool(task.result.pinned)
+
     def _deliver(self, task: Task, begun: int) -> Any:
         books, result = self._books, task.result
-        ready = books.ledger.ready
         books.ledger.deliver(task)
         books.spares.close(task.id)
-        if self._put_ahead:
+        if self._put_ahead and len(books.ledger):
             self._put_ahead -= 1
         else:
             self._put()
@@ -453,8 +489,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         now = self._returned_ns = time.monotonic_ns()
         if error is not None:
             raise error
-        books.recording.waited(now - begun, ready)
         books.recording.delivered(result.samples, result.nbytes)
+        books.recording.waited(now - begun, self._lay_ready, now)
         return batch
 
     def _finish(self) -> None:
@@ -514,9 +550,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._pool.busy = False
         heard = self._take_pinned() or heard
         crew.watch(self._books.sample_in_hand, self._books.has_work)
+        self._watch_memory()
         return heard
 
     def _on_died(self, died: Died) -> None:
+        if died.worker.arena_lost:
+            self._arena, self._no_arena = None, died.worker.arena_lost
+            self._note_degraded(None, self._no_arena)
         if died.worker.dismissed:
             self._recovery.on_left(died.worker)
         else:
@@ -549,12 +589,20 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._books.raise_once(RuntimeError("Pin memory thread exited unexpectedly"))
         return bool(taken)
 
+    def _note_degraded(self, worker_id: int | None, reason: str) -> None:
+        """Tell, once per worker and epoch, that its batches take the slower way."""
+        if worker_id not in self._degraded:
+            self._degraded.add(worker_id)
+            self._crew.emit(TransportDegraded(epoch=self._crew.recording.epoch, worker_id=worker_id, reason=reason))
+
     # --- settling what a worker said
 
     def _on_said(self, worker: Worker, frame: Frame) -> None:
         message = frame.message
         slot = self._crew.slot_of(worker)
-        if isinstance(message, Ready):
+        if isinstance(message, Fetched) and message.run == self._books.run:  # as a rule
+            self._on_task_message(message, slot, worker, frame)
+        elif isinstance(message, Ready):
             worker.ready = self._crew.anyone_ready = True
         elif isinstance(message, StartFailed):
             self._on_start_failed(worker, message.raised)
@@ -567,13 +615,16 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._recovery.on_trial_passed(slot)
             self._feed_all()
         elif message.run == self._books.run:
-            worker.finished += 1
-            task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
-            if task is not None:
-                if message.calls > slot.calls:
-                    slot.calls, slot.deaths, slot.kills = message.calls, 0, 0
-                self._settle(task, slot, worker, frame)
+            self._on_task_message(message, slot, worker, frame)
         self._feed(slot)
+
+    def _on_task_message(self, message: Any, slot: Slot, worker: Worker, frame: Frame) -> None:
+        worker.finished += 1
+        task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
+        if task is not None:
+            if message.calls > slot.calls:
+                slot.calls, slot.deaths, slot.kills = message.calls, 0, 0
+            self._settle(task, slot, worker, frame)
 
     def _settle(self, task: Task, slot: Slot, worker: Worker, frame: Frame) -> None:
         """Act on what became of a task; raises :class:`FaultBudgetError` after that."""
@@ -613,7 +664,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._on_undecodable(task, slot, worker, error)
             return
         slot.batches += 1
-        self._books.recording.worker_task(worker.worker_id, message.samples, message.load_ns, message.rss_bytes)
+        if message.sent_ns <= self._asked_ns:  # it lay in the socket
+            self._lay_ready += 1
+        if message.trouble:
+            self._note_degraded(worker.worker_id, message.trouble)
+        self._books.recording.worker_task(
+            worker.worker_id, message.samples, message.load_ns, message.rss_bytes, task.id, worker.pid, message.begun_ns
+        )
         result = Result(
             batch=batch,
             samples=message.samples,
@@ -628,6 +685,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if message.snapshot is not None:
             slot.snapshot = message.snapshot
         self._books.arrive(task, result)
+        if message.held_bytes:
+            self._on_heavy(slot, worker, message.held_bytes)
+        self._on_size_known(frame.nbytes)
 
     def _on_undecodable(self, task: Task, slot: Slot, worker: Worker, error: Exception) -> None:
         """A batch arrived that cannot be unpickled here: find the sample, or do without the whole batch."""
@@ -705,6 +765,74 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         )
         error.__cause__ = cause
         self._books.raise_once(error)
+
+    # --- memory
+
+    def _on_heavy(self, slot: Slot, worker: Worker, held_bytes: int) -> None:
+        """A worker holds more than it may: another takes its place once it has nothing to do."""
+        verdict = plan_recycle(held_bytes=held_bytes, limit_bytes=self._max_worker_bytes, finished=worker.finished)
+        if verdict == "too low":
+            self._guard.recycling_is_vain(held_bytes)
+        elif verdict == "recycle" and slot.worker is worker and not slot.leaving:
+            slot.leaving, slot.held_bytes = "recycle", held_bytes
+
+    def _on_size_known(self, nbytes: int) -> None:
+        """A batch's size tells what the rest of the lookahead will take."""
+        books = self._books
+        try:
+            plan = self._guard.batch_arrived(
+                nbytes,
+                prefetch_factor=self._prefetch,
+                workers=self._crew.size,
+                batches_here=books.ledger.ready,
+                recording=books.recording,
+            )
+            if plan is not None:
+                pids = [worker.pid for worker in self._pool.workers if worker.pid is not None]
+                self._guard.check_shared_memory(pids, books.recording)
+        except ResourceError as error:
+            books.raise_once(error)
+            return
+        if plan is not None and plan.prefetch_factor < self._prefetch:
+            self._lower_prefetch(plan.prefetch_factor)
+        if plan is not None and plan.workers < self._crew.size:
+            self._take_away(self._crew.size - plan.workers, "the batches of more workers do not fit into memory")
+
+    def _watch_memory(self) -> None:
+        """Memory that becomes low in the middle of an epoch: give up lookahead, then workers."""
+        now, guard, crew = time.monotonic_ns(), self._guard, self._crew
+        if not guard.due(now) or self._recovery.local or self.closed:
+            return
+        try:
+            relief, reason = guard.look(
+                now,
+                prefetch_factor=self._prefetch,
+                workers=crew.size,
+                settled=not self._put_ahead and not any(slot.leaving for slot in crew.slots),
+                recording=self._books.recording,
+            )
+        except ResourceError as error:
+            self._books.raise_once(error)
+            return
+        if relief == "prefetch":
+            self._lower_prefetch(1)
+        elif relief == "workers":
+            self._take_away(1, reason)
+
+    def _lower_prefetch(self, prefetch_factor: int) -> None:
+        """Load fewer batches ahead: as many as there are too many under way are not asked for."""
+        slots = self._crew.slots
+        shards = sum(not slot.ended and slot.state not in ("retired", "ended") for slot in slots)
+        self._put_ahead += (self._prefetch - prefetch_factor) * (shards if self._options.iterable else len(slots))
+        self._prefetch = prefetch_factor
+
+    def _take_away(self, workers: int, reason: str) -> None:
+        """Let workers go once they have nothing to do, the last ones first, and their lookahead with them."""
+        self._crew.memory_low = True
+        for slot in [slot for slot in self._crew.slots if slot.takes_tasks][-workers:]:
+            slot.leaving, slot.leaving_reason = "retire", reason
+            self._put_ahead += self._prefetch
+            self._feed(slot)
 
     # --- shards without a process, and the training process as a worker
 
@@ -797,7 +925,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if slot is not None:
                 slot.batches += 1
                 desk.budget.fetched(outcome.samples)
-            books.recording.worker_task(None, outcome.samples, load_ns, 0)
+            books.recording.worker_task(None, outcome.samples, load_ns, 0, task.id, None, begun)
             nbytes = batch_nbytes(outcome.batch)
             result = Result(outcome.batch, None, outcome.samples, nbytes, load_ns, None, outcome.report)
             if slot is not None:

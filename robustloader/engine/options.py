@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Journal, Resumption
-from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding
+from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding, Transport
 from robustloader.telemetry import Recorder
 
-__all__ = ["EngineOptions", "EpochCounter"]
+__all__ = ["EngineOptions", "EpochCounter", "Measured"]
 
 
 class EpochCounter:
@@ -35,6 +35,19 @@ class EpochCounter:
         self._next = epoch
 
 
+@dataclass
+class Measured:
+    """What a loader's epochs have shown so far, and what has been said about it.
+
+    Attributes:
+        batch_bytes: size of the largest batch; 0 before the first.
+        warned: what the user was warned of; once is enough.
+    """
+
+    batch_bytes: int = 0
+    warned: set[str] = field(default_factory=set)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Settings and shared bookkeeping of one loader.
@@ -51,6 +64,7 @@ class EngineOptions:
     recovery: RecoveryPolicy | None
     memory: MemoryPolicy | None
     seeding: Seeding
+    transport: Transport
     desk: FaultDesk
     recorder: Recorder
     epochs: EpochCounter
@@ -60,3 +74,4 @@ class EngineOptions:
     iterable: bool
     batched: bool
     dataset: Any
+    measured: Measured = field(default_factory=Measured)

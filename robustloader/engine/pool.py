@@ -20,7 +20,8 @@ from pickle import PicklingError
 from typing import Any, NamedTuple
 
 from robustloader.system import host
-from robustloader.transport.channel import Frame, channel_pair
+from robustloader.transport.arena import ForkToken, own_fork
+from robustloader.transport.channel import ArenaLost, Frame, channel_pair
 from robustloader.transport.codec import Parcel
 from robustloader.worker.beacon import INIT, Beacon, Reading
 from robustloader.worker.process import STACK_SIGNAL, Setup, run_worker
@@ -39,7 +40,9 @@ class Worker:
         ready: it has said :class:`~robustloader.transport.messages.Ready`.
         finished: tasks that came back from it.
         dismissed: it was asked to leave; its end is expected.
-        killed_for: why it is as good as killed by this process ("hang", "start"), or "".
+        killed_for: why it is as good as killed by this process ("hang", "start", "arena"), or "".
+        backlogged: the pool waits until its socket takes more.
+        arena_lost: why its arena could not be had here, or "".
         run: the iterator's epoch it was started in.
         silent_s, task_s: how long it has been in one phase, and with one task, while the trainer waited, in seconds.
     """
@@ -60,6 +63,9 @@ class Worker:
         self.finished = 0
         self.dismissed = False
         self.killed_for = ""
+        self.arena_lost = ""
+        self.backlogged = False
+        self._fork_token = ForkToken()
         self.run = 0
         self.gone_ns = 0
         self.silent_s = 0.0
@@ -89,7 +95,8 @@ class Worker:
             )
             process = context.Process(target=run_worker, args=(setup,))
             process.daemon = True
-            process.start()
+            with own_fork(self._fork_token):
+                process.start()
             self.process = process
             self.pidfd = host.open_pidfd(process.pid)
         except BaseException:
@@ -152,6 +159,10 @@ class Worker:
         self.process.join(wait_s)
         code: int | None = self.process.exitcode
         return code
+
+    def ended(self) -> None:
+        """The process has ended: what it inherited is not looked at any more."""
+        self._fork_token.ended = True
 
 
 class Said(NamedTuple):
@@ -302,8 +313,9 @@ class Pool:
     def _watch_writing(self, worker: Worker) -> None:
         if worker.channel.closed or worker.gone_ns:
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.backlog else 0)
-        if self._selector.get_key(worker.channel).events != events:
+        if worker.channel.backlog != worker.backlogged:
+            worker.backlogged = worker.channel.backlog
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.backlogged else 0)
             self._selector.modify(worker.channel, events, worker)
 
     def wake(self) -> None:
@@ -349,7 +361,12 @@ class Pool:
         return taken
 
     def _read(self, worker: Worker) -> list[Said]:
-        frames, gone = worker.channel.receive()
+        try:
+            frames, gone = worker.channel.receive()
+        except ArenaLost as error:  # nothing it sends can be read any more
+            worker.arena_lost = str(error)
+            worker.kill("arena")
+            frames, gone = [], True
         if gone and not worker.gone_ns:
             worker.gone_ns = time.monotonic_ns()
             self._selector.unregister(worker.channel)
@@ -365,6 +382,7 @@ class Pool:
         reading = worker.beacon.read()
         worker.kill_group()
         exitcode = worker.exitcode(STOP_WITHIN_S)
+        worker.ended()
         self._unwatch(worker)
         worker.close()
         return Died(worker, exitcode, reading)
@@ -406,6 +424,8 @@ class Pool:
         for worker in everyone:
             if worker.process.exitcode is None:
                 worker.process.join(1.0)  # one that cannot even be killed (a dead network mount) is left behind
+            if worker.process.exitcode is not None:
+                worker.ended()
             worker.close()
         self.workers.clear()
         self._selector.close()

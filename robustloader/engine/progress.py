@@ -93,7 +93,8 @@ class Progress:
         self, task: int, *, shard: int = 0, calls: int = 0, loaded: bool = True, snapshot: bytes | None = None
     ) -> None:
         """The trainer gets batch ``task``, or the error it came to; of an iterable dataset, that shard's next."""
-        self._enter()
+        if self._pending is not None:
+            self._enter()
         self._pending = (task, shard, calls, loaded, snapshot)
 
     def settle(self) -> None:
@@ -118,8 +119,9 @@ class Progress:
             self.next_shard = (number + 1) % len(self.shards)
             return
         self.delivered.add(task)
-        for old in [number for number in self.marks if number < self.delivered.count - 1]:
-            del self.marks[old]
+        if self.marks:
+            for old in [number for number in self.marks if number < self.delivered.count - 1]:
+                del self.marks[old]
 
 
 class Journal:

@@ -15,7 +15,7 @@ from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
 from robustloader.engine.crew import Crew, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
-from robustloader.errors import WorkerError, WorkerHangError, WorkerStartError
+from robustloader.errors import ResourceError, WorkerError, WorkerHangError, WorkerStartError
 from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
 
@@ -68,6 +68,13 @@ class Recovery:
             self._on_shard_died(slot, lost, event, cause, died)
             return
         key = None if task is None or position is None else index_key(index)
+        if case is not None and died.reading.phase in ("idle", "init") and not books.closing:
+            # Killed before the trial began, or after the sample had survived it: that proves nothing. While closing,
+            # restarts are outside the budget, and only the count of trials bounds them.
+            slot.trials.appendleft(case)
+            self._requeue(lost)
+            self._restart_or_shrink(slot, cause, None)
+            return
         if task is None:
             self._requeue(lost)
             self._restart_or_shrink(slot, cause, None)
@@ -270,12 +277,15 @@ class Recovery:
         slot = self.crew.slot_of(happening.worker)
         slot.incarnation += 1
         slot.streak += 1
+        if self.policy is None:  # a recycled worker's successor
+            self.books.raise_once(WorkerStartError(f"a worker process could not be started: {happening.error}"))
+            return
         self._restart_or_shrink(slot, "start", None, f"a worker process could not be started: {happening.error}")
 
     def without(self, slots: list[Slot], error: BaseException) -> None:
-        """These first processes could not be started."""
+        """These first processes could not be started, or for want of something were not tried (``ResourceError``)."""
         assert self.policy is not None
-        reason = f"a worker process could not be started: {error}"
+        reason = str(error) if isinstance(error, ResourceError) else f"a worker process could not be started: {error}"
         if len(self.crew.slots) - len(slots) < self.policy.min_workers:
             self._fall_back(reason, None, error)
             return

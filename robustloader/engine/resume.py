@@ -130,7 +130,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         next_shard=progress.next_shard,
         sampler_state=() if mark is None else (copy.deepcopy(mark[0]),),
         dataset_state=() if iterable else state_of(loader.dataset),
-        spares=() if mark is None else (mark[1][0], mark[1][1], list(mark[1][2])),
+        spares=() if mark is None else (*mark[1][:3], [list(row) for row in mark[1][3]]),
         **common,
     )
 
@@ -237,7 +237,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         unread = encode_streams(rng_states()) == state.streams_now
         if positioned:
             if state.spares:
-                spares.restore((state.spares[0], state.spares[1], state.spares[2]))
+                spares.restore((state.spares[0], state.spares[1], state.spares[2], state.spares[3]))
         elif not iterable:
             indices = _walk(reads, indices, state.delivered, spares if desk.repairs else None, batched=batched)
         # What a sampler draws when it is first read belongs to here: read it.

@@ -1,13 +1,13 @@
-"""What the machine offers and how processes end: processors, memory, pidfds, lifelines, shared pages, exit codes.
+"""How processes are tied together and how they end: pidfds, lifelines, shared pages, exit codes.
 
-Everything reads ``/proc`` and ``/sys/fs/cgroup`` afresh at each call: limits change while a job runs.
+What the machine allows them is in :mod:`robustloader.system.limits`; the three readings that are needed everywhere have
+their names here as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import mmap
 import os
 import select
@@ -16,13 +16,15 @@ import weakref
 from multiprocessing import reduction
 from typing import Any
 
-import psutil
+from robustloader.system.cgroups import read_text
+from robustloader.system.limits import free_memory_bytes, memory_kills, usable_cpus
 
 __all__ = [
     "Lifeline",
     "SharedPage",
     "close_in_forked_children",
     "free_memory_bytes",
+    "has_pidfd",
     "hold_lifeline",
     "memory_kills",
     "open_pidfd",
@@ -30,104 +32,15 @@ __all__ = [
     "usable_cpus",
 ]
 
-_CGROUP = "/sys/fs/cgroup"
-
-
-# --- processors -------------------------------------------------------------------------------------------------------
-
-
-def usable_cpus() -> int:
-    """Processors this process may really use: its affinity, cut by the control group's quota, at least 1.
-
-    *Source*: cgroup v2 ``cpu.max``, https://docs.kernel.org/admin-guide/cgroup-v2.html; v1 ``cpu.cfs_quota_us``.
-    """
-    cpus = len(os.sched_getaffinity(0))
-    for folder in _cgroup_folders(""):
-        words = _read(f"{folder}/cpu.max").split()
-        if len(words) == 2 and words[0].isdigit() and int(words[1]):
-            cpus = min(cpus, math.ceil(int(words[0]) / int(words[1])))
-    for folder in _cgroup_folders("cpu"):
-        quota, period = _read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period):
-            cpus = min(cpus, math.ceil(int(quota) / int(period)))
-    return max(1, cpus)
-
-
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def free_memory_bytes() -> tuple[int, int]:
-    """``(free, limit)`` in bytes: of the tightest control group above this process, or of the host.
-
-    Page cache that the kernel can drop at once counts as free, as ``MemAvailable`` counts it.
-    """
-    memory = psutil.virtual_memory()
-    free, limit = int(memory.available), int(memory.total)
-    for folder in _cgroup_folders(""):
-        top, used = _read(f"{folder}/memory.max"), _read(f"{folder}/memory.current")
-        if top.isdigit() and used.isdigit():
-            held = int(used) - _counter(f"{folder}/memory.stat", "inactive_file")
-            free, limit = min((free, limit), (max(0, int(top) - held), int(top)))
-    for folder in _cgroup_folders("memory"):
-        top, used = _read(f"{folder}/memory.limit_in_bytes"), _read(f"{folder}/memory.usage_in_bytes")
-        if top.isdigit() and used.isdigit() and int(top) < memory.total:
-            held = int(used) - _counter(f"{folder}/memory.stat", "total_inactive_file")
-            free, limit = min((free, limit), (max(0, int(top) - held), int(top)))
-    return free, limit
-
-
-def memory_kills() -> int:
-    """How many processes the kernel's memory killer has taken: in our control groups, or on the host without any.
-
-    Only a rise between two readings means something.
-    *Source*: ``memory.events`` (cgroup v2), ``memory.oom_control`` (v1), ``oom_kill`` in ``/proc/vmstat``.
-    """
-    counts = [_counter(f"{folder}/memory.events", "oom_kill", -1) for folder in _cgroup_folders("")]
-    counts += [_counter(f"{folder}/memory.oom_control", "oom_kill", -1) for folder in _cgroup_folders("memory")]
-    known = [count for count in counts if count >= 0]
-    return sum(known) if known else max(0, _counter("/proc/vmstat", "oom_kill"))
 
 
 def prefer_to_be_killed() -> None:
     """Tell the kernel to take this process before the training process when memory runs out."""
     with contextlib.suppress(OSError, ValueError):
-        now = int(_read("/proc/self/oom_score_adj") or 0)
+        now = int(read_text("/proc/self/oom_score_adj") or 0)
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write(str(min(1000, now + 200)))
-
-
-def _cgroup_folders(controller: str) -> list[str]:
-    """Folders of this process's control group and those above it; ``""`` means cgroup v2."""
-    for line in _read("/proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if controller in names.split(","):
-            root = f"{_CGROUP}/{controller}" if controller else _CGROUP
-            folders = []
-            while True:
-                folder = root + path.rstrip("/")
-                if os.path.isdir(folder):
-                    folders.append(folder)
-                if path in ("", "/"):
-                    return folders
-                path = os.path.dirname(path)
-    return []
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _counter(path: str, name: str, default: int = 0) -> int:
-    for line in _read(path).splitlines():
-        words = line.split()
-        if len(words) == 2 and words[0] == name:
-            return int(words[1])
-    return default
 
 
 # --- the end of a process ---------------------------------------------------------------------------------------------
@@ -142,6 +55,14 @@ def open_pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return None
+
+
+def has_pidfd() -> bool:
+    """Whether the system lets a process be watched by descriptor."""
+    fd = open_pidfd(os.getpid())
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
 
 
 def signal_name(exitcode: int | None) -> str | None:

@@ -28,9 +28,11 @@ __all__ = [
     "pin_memory",
     "prepare_worker_process",
     "worker_info",
+    "worker_processes",
 ]
 
 try:
+    from torch._C._autograd import _profiler_enabled
     from torch._utils import KeyErrorMessage
     from torch.utils.data._utils import collate as _torch_collate
     from torch.utils.data._utils import pin_memory as _torch_pin
@@ -41,6 +43,8 @@ except ImportError as error:  # pragma: no cover - needs a torch outside the sup
     raise ImportError(
         f"robustloader needs torch 2.6 to 2.15; torch {torch.__version__} has moved a name it builds on: {error}"
     ) from error
+
+_ITERABLE = _DatasetKind.Iterable
 
 try:
     from torch.utils.data import IterDataPipe, MapDataPipe
@@ -132,6 +136,11 @@ def worker_info(info: Any) -> Iterator[None]:
 def new_worker_info(*, worker_id: int, num_workers: int, seed: int, dataset: Any) -> Any:
     """An info object as ``get_worker_info()`` returns it in a worker."""
     return _torch_worker.WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+
+
+def worker_processes(iterator: Any) -> list[Any]:
+    """The worker processes of an iterator, torch's own or one of ours; empty where it loads in process."""
+    return list(getattr(iterator, "_workers", ()))
 
 
 class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 takes two type parameters, 2.6 takes one
@@ -238,6 +247,14 @@ class LoaderIterator(_BaseDataLoaderIter):
 
     def close(self) -> None:
         """Stop the workers and release everything; safe to call more than once."""
+
+    def __next__(self) -> Any:
+        """torch's, without what it does for a profiler (6 µs a batch) where none is running."""
+        if _profiler_enabled() or self._sampler_iter is None or self._dataset_kind == _ITERABLE:
+            return super().__next__()
+        data = self._next_data()
+        self._num_yielded += 1
+        return data
 
     def _next_data(self) -> Any:
         if self._kept:

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 from robustloader.errors import OptionError
 from robustloader.events import FaultRecord
+from robustloader.telemetry.units import as_line
 
 __all__ = ["FaultLog"]
 
@@ -178,5 +179,5 @@ def _row(record: FaultRecord) -> tuple[str, ...]:
 
 
 def _cell(text: str, width: int) -> str:
-    text = " ".join(text.split())
+    text = " ".join(as_line(text).split())
     return f"{text:<{width}}" if len(text) <= width else text[: width - 1] + "…"

@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import resource
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from robustloader.decisions.advice import Facts, WorkerPace, advise, judge
+from robustloader.decisions.advice import Facts, WorkerPace, advise, find_stragglers, judge
 from robustloader.errors import warn_user
 from robustloader.events import (
+    BatchDelivered,
     EpochFinished,
+    EpochProgressed,
     Event,
     FaultRecord,
     PoolHealed,
@@ -24,6 +27,7 @@ from robustloader.events import (
     SampleFaulted,
     SampleReplaced,
     Sink,
+    TaskLoaded,
     TaskReplayed,
     WorkerCrashed,
     WorkerHung,
@@ -38,6 +42,11 @@ from robustloader.telemetry.summary import EpochSummary, Statistics, WorkerSumma
 __all__ = ["EpochRecording", "Recorder"]
 
 _logger = logging.getLogger("robustloader")
+
+_NEVER_NS = 1 << 63
+"""Later than any reading of the monotonic clock."""
+
+_loaders = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +102,18 @@ class EpochRecording:
 
     __slots__ = (
         "_begun_ns",
+        "_due_ns",
         "_finished",
         "_first_wait_ns",
         "_key",
         "_persistent",
+        "_progress_ns",
         "_ready",
         "_recorder",
         "_step_ns",
+        "_tells_tasks",
         "_timed",
+        "_told_ns",
         "_usable_cpus",
         "_waits",
         "_workers",
@@ -133,6 +146,11 @@ class EpochRecording:
         self._usable_cpus = usable_cpus
         self._persistent = persistent
         self._finished: _Finished | None = None
+        # When the next batch has more to it than counting, so that the usual one costs a single comparison.
+        self._tells_tasks = recorder._tells_tasks
+        self._progress_ns = recorder._progress_ns
+        self._due_ns = 0 if self._tells_tasks else now_ns + self._progress_ns
+        self._told_ns = now_ns
         self._waits = LogHistogram()
         self._first_wait_ns = 0
         self._step_ns = 0
@@ -149,18 +167,21 @@ class EpochRecording:
         """Whether the epoch is over; what is recorded after that is lost, but events still reach the sinks."""
         return self._finished is not None
 
-    def waited(self, wait_ns: int, ready: int) -> None:
-        """A batch is handed to the loop.
+    def waited(self, wait_ns: int, ready: int, now_ns: int = 0) -> None:
+        """A batch is handed to the loop; it has been counted by :meth:`delivered`.
 
         Args:
             wait_ns: nanoseconds spent in ``next()``.
             ready: batches that lay ready when it was asked for.
+            now_ns: the time; with 0, nobody is told of the progress.
         """
         if self._timed:
             if not self._waits.count:
                 self._first_wait_ns = wait_ns
             self._waits.add(wait_ns)
             self._ready += ready
+            if now_ns >= self._due_ns:
+                self._tell(wait_ns, ready, now_ns)
 
     def stepped(self, step_ns: int) -> None:
         """The loop came back for more.
@@ -177,7 +198,16 @@ class EpochRecording:
         self.samples += samples
         self.bytes += nbytes
 
-    def worker_task(self, worker_id: int | None, samples: int, load_ns: int, rss_bytes: int) -> None:
+    def worker_task(
+        self,
+        worker_id: int | None,
+        samples: int,
+        load_ns: int,
+        rss_bytes: int,
+        task: int = 0,
+        pid: int | None = None,
+        begun_ns: int = 0,
+    ) -> None:
         """A batch has arrived.
 
         Args:
@@ -185,6 +215,9 @@ class EpochRecording:
             samples: its number of samples.
             load_ns: nanoseconds spent loading it.
             rss_bytes: the loading process's resident memory in bytes; 0 if it was not measured.
+            task: its number within the epoch.
+            pid: the loading worker's process id, or None for the training process.
+            begun_ns: when it began to load.
         """
         if self._timed:
             tally = self._workers.get(worker_id)
@@ -194,6 +227,42 @@ class EpochRecording:
             tally.loads.add(load_ns)
             if rss_bytes > tally.peak_rss_bytes:
                 tally.peak_rss_bytes = rss_bytes
+            if self._tells_tasks:
+                self._recorder._send_tasks(
+                    TaskLoaded(
+                        epoch=self.epoch,
+                        task=task,
+                        worker_id=worker_id,
+                        pid=pid,
+                        begin_ns=begun_ns,
+                        end_ns=begun_ns + load_ns,
+                        samples=samples,
+                    )
+                )
+
+    def _tell(self, wait_ns: int, ready: int, now_ns: int) -> None:
+        """Tell of this batch those who want to hear of each, and of the progress, when it is time, all."""
+        recorder = self._recorder
+        if self._tells_tasks:
+            recorder._send_tasks(
+                BatchDelivered(
+                    epoch=self.epoch, batch=self.batches - 1, begin_ns=now_ns - wait_ns, end_ns=now_ns, ready=ready
+                )
+            )
+            if now_ns - self._told_ns < self._progress_ns:
+                return
+        self._told_ns = now_ns
+        if not self._tells_tasks:
+            self._due_ns = now_ns + self._progress_ns
+        recorder._send(
+            EpochProgressed(
+                epoch=self.epoch,
+                loader=recorder.loader,
+                statistics=self._snapshot(now_ns).to_dict(),
+                ready=ready,
+                workers=[_as_progress(worker) for worker in self._summarise_workers(0.0, ())],
+            )
+        )
 
     def fault(self, record: FaultRecord) -> None:
         """Log a sample that failed, count it by its ``action``, and tell the sinks."""
@@ -298,11 +367,12 @@ class EpochRecording:
 
     def _summarise(self, complete: bool, now_ns: int) -> EpochSummary:
         now = self._snapshot(now_ns)
-        workers = self._summarise_workers()
+        pace = self._pace()
+        workers = self._summarise_workers(now.elapsed_s, find_stragglers(pace))
         loads = LogHistogram()
         for tally in list(self._workers.values()):
             loads.merge(tally.loads)
-        facts = self._facts(now, workers)
+        facts = self._facts(now, pace)
         return EpochSummary(
             epoch=self.epoch,
             complete=complete,
@@ -340,11 +410,22 @@ class EpochRecording:
             verdict=judge(facts),
             advice=advise(facts),
             first_wait_s=facts.first_wait_s,
+            peak_trainer_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
-    def _summarise_workers(self) -> tuple[WorkerSummary, ...]:
+    def _tallies(self) -> list[tuple[int | None, _Tally]]:
+        """The workers in the order of their ids, the training process last."""
         # sorted() and list() take all items in one atomic step; the recording thread may add a worker meanwhile.
-        tallies = sorted(self._workers.items(), key=lambda item: (item[0] is None, item[0] or 0))
+        return sorted(self._workers.items(), key=lambda item: (item[0] is None, item[0] or 0))
+
+    def _pace(self) -> list[WorkerPace]:
+        return [
+            WorkerPace(worker_id=worker_id, tasks=tally.loads.count, busy_s=_s(tally.loads.total_ns))
+            for worker_id, tally in self._tallies()
+            if worker_id is not None and tally.loads.count
+        ]
+
+    def _summarise_workers(self, elapsed_s: float, stragglers: tuple[int, ...]) -> tuple[WorkerSummary, ...]:
         return tuple(
             WorkerSummary(
                 worker_id=worker_id,
@@ -354,11 +435,13 @@ class EpochRecording:
                 load_p95_s=tally.loads.percentile(0.95),
                 peak_rss_bytes=tally.peak_rss_bytes,
                 restarts=tally.restarts,
+                busy_fraction=min(1.0, _ratio(_s(tally.loads.total_ns), elapsed_s)),
+                straggler=worker_id in stragglers,
             )
-            for worker_id, tally in tallies
+            for worker_id, tally in self._tallies()
         )
 
-    def _facts(self, now: Statistics, workers: tuple[WorkerSummary, ...]) -> Facts:
+    def _facts(self, now: Statistics, pace: list[WorkerPace]) -> Facts:
         return Facts(
             batches=now.batches,
             samples=now.samples,
@@ -371,11 +454,7 @@ class EpochRecording:
             workers_at_end=now.active_workers,
             usable_cpus=self._usable_cpus,
             persistent=self._persistent,
-            pace=[
-                WorkerPace(worker_id=w.worker_id, tasks=w.tasks, busy_s=w.busy_s)
-                for w in workers
-                if w.worker_id is not None and w.tasks
-            ],
+            pace=pace,
         )
 
 
@@ -395,10 +474,12 @@ class Recorder:
     Attributes:
         policy: as given.
         fault_log: every sample that failed, the newest in full.
+        loader: counts the recorders of this process from 0, so that a sink can tell loaders apart.
     """
 
     def __init__(self, policy: TelemetryPolicy | None) -> None:
         self.policy = policy
+        self.loader = next(_loaders)
         self.fault_log = FaultLog()
         self._sinks: tuple[Sink, ...] = policy.sinks if policy else ()
         # In the order in which they began. Keyed, so that each change is one atomic step and readers need no lock.
@@ -474,14 +555,32 @@ class Recorder:
             self._epochs.pop(old, None)
         if self.policy is None or finished.kept is None:
             return
-        self._send(EpochFinished(epoch=finished.epoch, summary=finished.kept))
+        self._send(EpochFinished(epoch=finished.epoch, loader=self.loader, summary=finished.kept))
         if self.policy.log_epochs:
             _logger.info("%s", finished.kept.headline())
 
+    @property
+    def _tells_tasks(self) -> bool:
+        return any(map(_wants_tasks, self._sinks))
+
+    @property
+    def _progress_ns(self) -> int:
+        """How often the sinks are told of the progress; never, where there are none."""
+        seconds = self.policy.progress_s if self.policy and self._sinks else None
+        return _NEVER_NS if seconds is None else int(seconds * 1e9)
+
     def _send(self, event: Event) -> None:
-        """Hand an event to every sink; what a sink raises must not stop training, so that one is dropped."""
+        """Hand an event to every sink."""
+        self._send_to(self._sinks, event)
+
+    def _send_tasks(self, event: Event) -> None:
+        """Hand an event to the sinks that want to hear of every task."""
+        self._send_to(tuple(filter(_wants_tasks, self._sinks)), event)
+
+    def _send_to(self, sinks: tuple[Sink, ...], event: Event) -> None:
+        """Hand an event to sinks; what a sink raises must not stop training, so that one is dropped."""
         failed: list[tuple[Sink, Exception]] = []
-        for sink in self._sinks:
+        for sink in sinks:
             try:
                 sink.receive(event)
             except Exception as error:
@@ -501,6 +600,7 @@ class Recorder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.policy = state["policy"]
+        self.loader = next(_loaders)
         self.fault_log = state["fault_log"]
         self._sinks = ()
         self._take_over(state["epochs"])
@@ -530,6 +630,23 @@ def _name(sink: Sink) -> str:
         return repr(sink)
     except Exception:
         return type(sink).__name__
+
+
+def _wants_tasks(sink: Sink) -> bool:
+    return bool(getattr(sink, "wants_tasks", False))
+
+
+def _as_progress(worker: WorkerSummary) -> dict[str, Any]:
+    """A worker's counts so far; its share and whether it straggles are told at the end."""
+    return {
+        "worker_id": worker.worker_id,
+        "tasks": worker.tasks,
+        "samples": worker.samples,
+        "busy_s": worker.busy_s,
+        "load_p95_s": worker.load_p95_s,
+        "peak_rss_bytes": worker.peak_rss_bytes,
+        "restarts": worker.restarts,
+    }
 
 
 def _s(ns: int) -> float:

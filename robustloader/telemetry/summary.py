@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from robustloader.decisions.advice import Verdict
+from robustloader.telemetry.units import as_bytes, as_count, as_percent, as_seconds
 
 __all__ = ["EpochSummary", "Statistics", "WorkerSummary"]
 
@@ -15,6 +16,7 @@ _WIDTH = 100
 _LABEL = 11
 _WORKER_ROWS = 8
 _ADVICE_LINES = 4
+_NAMED_STRAGGLERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class WorkerSummary:
         load_p95_s: 95th percentile of the time to load one batch, in seconds (within 3.2 %).
         peak_rss_bytes: most resident memory seen between two tasks, in bytes; 0 where it was not measured.
         restarts: how often a new process took its place after a death.
+        busy_fraction: busy_s as a share (0 to 1) of the epoch's duration.
+        straggler: whether it takes at least twice as long per batch as the median of the others (ten batches or more).
     """
 
     worker_id: int | None
@@ -38,6 +42,8 @@ class WorkerSummary:
     load_p95_s: float
     peak_rss_bytes: int
     restarts: int
+    busy_fraction: float = 0.0
+    straggler: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +143,7 @@ class EpochSummary:
             "compute-bound" (2 % or less), "balanced" (between) or "warm-up" (fewer than 10 batches: too few to tell).
         advice: the one thing worth doing, as a sentence.
         first_wait_s: seconds the loop waited for its first batch, which holds the start of the workers.
+        peak_trainer_bytes: most resident memory of the training process since it began, in bytes.
     """
 
     epoch: int
@@ -175,6 +182,12 @@ class EpochSummary:
     verdict: Verdict
     advice: str
     first_wait_s: float = 0.0
+    peak_trainer_bytes: int = 0
+
+    @property
+    def stragglers(self) -> tuple[int, ...]:
+        """The workers that take at least twice as long per batch as the median of the others."""
+        return tuple(worker.worker_id for worker in self.workers if worker.straggler and worker.worker_id is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as a plain, JSON-able dict; ``workers`` is a list of dicts."""
@@ -182,17 +195,17 @@ class EpochSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"epoch {self.epoch}: {_count(self.batches)} batches in {_seconds(self.duration_s)}"
+            f"epoch {self.epoch}: {as_count(self.batches)} batches in {as_seconds(self.duration_s)}"
             + ("" if self.complete else ", not complete"),
-            _line("speed", f"{_count(self.samples_per_s)} samples/s", f"{_count(self.batches_per_s)} batches/s",
-                  f"{_bytes(self.bytes_per_s)}/s"),
-            _line("delivered", f"{_count(self.samples)} samples", _bytes(self.bytes)),
-            _line("waiting", f"{_seconds(self.wait_s)} ({_percent(self.wait_fraction)} of the loop)",
-                  f"first batch {_seconds(self.first_wait_s)}", f"{_count(self.ready_depth_mean)} batches ready"),
-            _line("computing", f"{_seconds(self.step_s)}"),
+            _line("speed", f"{as_count(self.samples_per_s)} samples/s", f"{as_count(self.batches_per_s)} batches/s",
+                  f"{as_bytes(self.bytes_per_s)}/s"),
+            _line("delivered", f"{as_count(self.samples)} samples", as_bytes(self.bytes)),
+            _line("waiting", f"{as_seconds(self.wait_s)} ({as_percent(self.wait_fraction)} of the loop)",
+                  f"first batch {as_seconds(self.first_wait_s)}", f"{as_count(self.ready_depth_mean)} batches ready"),
+            _line("computing", f"{as_seconds(self.step_s)}"),
             _columns("per batch", ("p50", "p95", "p99")),
-            _columns("  wait", map(_seconds, (self.wait_p50_s, self.wait_p95_s, self.wait_p99_s))),
-            _columns("  load", map(_seconds, (self.load_p50_s, self.load_p95_s, self.load_p99_s))),
+            _columns("  wait", map(as_seconds, (self.wait_p50_s, self.wait_p95_s, self.wait_p99_s))),
+            _columns("  load", map(as_seconds, (self.load_p50_s, self.load_p95_s, self.load_p99_s))),
             *_failures(self),
             *_workers(self),
             _line("verdict", self.verdict),
@@ -203,12 +216,12 @@ class EpochSummary:
     def headline(self) -> str:
         """The epoch in one line, for logs."""
         text = (
-            f"epoch {self.epoch}{'' if self.complete else ' (not complete)'}: {_count(self.batches)} batches, "
-            f"{_count(self.samples)} samples in {_seconds(self.duration_s)} ({_count(self.samples_per_s)} samples/s), "
-            f"waited {_percent(self.wait_fraction)}"
+            f"epoch {self.epoch}{'' if self.complete else ' (not complete)'}: {as_count(self.batches)} batches, "
+            f"{as_count(self.samples)} samples in {as_seconds(self.duration_s)} "
+            f"({as_count(self.samples_per_s)} samples/s), waited {as_percent(self.wait_fraction)}"
         )
         troubles = [
-            f"{name} {_count(number)}"
+            f"{name} {as_count(number)}"
             for name, number in (
                 ("faults", self.faults),
                 ("quarantined", self.quarantined),
@@ -235,8 +248,8 @@ def _failures(summary: EpochSummary) -> list[str]:
         (summary.replayed_tasks, "tasks replayed"),
         (summary.recycled, "recycled"),
     )
-    faults = _count(summary.faults) if summary.faults else "none"
-    crashes = _count(summary.crashes) if summary.crashes else "none"
+    faults = as_count(summary.faults) if summary.faults else "none"
+    crashes = as_count(summary.crashes) if summary.crashes else "none"
     if not (summary.faults or summary.crashes or sample_parts or worker_parts):
         return [_line("failures", "faults none, crashes none")]
     return [_line("faults", faults, *sample_parts), _line("crashes", crashes, *worker_parts)]
@@ -250,8 +263,21 @@ def _workers(summary: EpochSummary) -> list[str]:
         if requested == left
         else _line("workers", f"{requested} at the start, {left} at the end")
     ]
-    if summary.peak_worker_bytes:
-        lines[0] += f"   peak {_bytes(summary.peak_worker_bytes)}"
+    if summary.peak_worker_bytes or summary.peak_trainer_bytes:
+        lines.append(
+            _line(
+                "memory",
+                *([f"{as_bytes(summary.peak_worker_bytes)} the largest worker"] if summary.peak_worker_bytes else []),
+                *(
+                    [f"{as_bytes(summary.peak_trainer_bytes)} the training process"]
+                    if summary.peak_trainer_bytes
+                    else []
+                ),
+            )
+        )
+    if summary.stragglers:
+        named, others = summary.stragglers[:_NAMED_STRAGGLERS], summary.stragglers[_NAMED_STRAGGLERS:]
+        lines[0] += f"   stragglers {', '.join(map(str, named))}{f' and {len(others)} more' if others else ''}"
     shown: Sequence[WorkerSummary] = summary.workers
     folded: Sequence[WorkerSummary] = ()
     if not shown:
@@ -264,26 +290,26 @@ def _workers(summary: EpochSummary) -> list[str]:
         _columns(
             "  main" if worker.worker_id is None else f"  {worker.worker_id}",
             (
-                _count(worker.tasks),
-                _count(worker.samples),
-                _seconds(worker.busy_s),
-                _seconds(worker.load_p95_s),
-                _bytes(worker.peak_rss_bytes) if worker.peak_rss_bytes else "-",
-                _count(worker.restarts) if worker.restarts else "-",
+                as_count(worker.tasks),
+                as_count(worker.samples),
+                as_percent(worker.busy_fraction),
+                as_seconds(worker.load_p95_s),
+                as_bytes(worker.peak_rss_bytes) if worker.peak_rss_bytes else "-",
+                as_count(worker.restarts) if worker.restarts else "-",
             ),
         )
         for worker in shown
     ]
     if folded:
         lines.append(
-            f"  and {len(folded)} faster ones: {_count(sum(w.tasks for w in folded))} batches, load p95 at most "
-            f"{_seconds(max(w.load_p95_s for w in folded))}, {_count(sum(w.restarts for w in folded))} restarts"
+            f"  and {len(folded)} faster ones: {as_count(sum(w.tasks for w in folded))} batches, load p95 at most "
+            f"{as_seconds(max(w.load_p95_s for w in folded))}, {as_count(sum(w.restarts for w in folded))} restarts"
         )
     return lines
 
 
 def _nonzero(*parts: tuple[int, str]) -> list[str]:
-    return [f"{_count(number)} {name}" for number, name in parts if number]
+    return [f"{as_count(number)} {name}" for number, name in parts if number]
 
 
 def _line(label: str, *parts: str) -> str:
@@ -302,40 +328,3 @@ def _paragraph(label: str, text: str) -> list[str]:
 
 def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def _count(number: float) -> str:
-    """A count or a rate: whole ones as they are, others to four digits, very large ones as a power of ten."""
-    if not abs(number) < 1e12:
-        return f"{number:.3g}"
-    if number == int(number):
-        return f"{int(number):,}"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
-
-
-def _seconds(seconds: float) -> str:
-    """A duration in the unit that people would say it in."""
-    if seconds == 0:
-        return "0 s"
-    if seconds < 0.9995e-3:
-        return f"{seconds * 1e6:.3g} µs"
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h" if seconds >= 3.6e9 else f"{seconds / 3600:,.1f} h"
-
-
-def _bytes(size: float) -> str:
-    """A size in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if abs(size) < 1023.5:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.3g} EiB"

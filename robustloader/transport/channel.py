@@ -1,20 +1,27 @@
 """A socket pair that carries frames, never blocking the training process.
 
-A frame is a head, a table of buffers, an envelope (the pickled message), a payload (a pickled batch, may be empty) and
-the buffers' bytes:
+A frame is a head, a table of buffers, a list of released extents, an envelope (the pickled message), a payload (a
+pickled batch, may be empty) and the bytes of those buffers that do not lie in the arena:
 
-    head      ``!IIQ``  envelope bytes, number of buffers, payload bytes
-    table     ``!qQ``   per buffer: ``low`` (see :class:`~robustloader.transport.codec.Buffer`) and its size in bytes
+    head      ``=IIQII``  envelope bytes, number of buffers, payload bytes, number of released extents, flags
+    table     ``=qQqq``   per buffer: ``low`` (see :class:`~robustloader.transport.codec.Buffer`), its size in bytes,
+                          its position and extent in the arena; position -1: its bytes follow in the frame
+    released  ``=q``      offsets of extents that the receiver may use again
 
-The receiver allocates each buffer once, at its exact size, and reads the socket straight into it. A frame cut off by
-the sender's death is never handed out.
+Both ends are on one machine, so numbers are in its own order. The receiver allocates each buffer once, at its exact
+size, and reads the socket straight into it. A frame cut off by the sender's death is never handed out.
+
+A worker's new arena comes as a descriptor with the frame that is the first to use it (``NEW_ARENA``).
 """
 
 from __future__ import annotations
 
+import array
+import os
 import pickle
 import socket
 import struct
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,33 +30,56 @@ import torch
 
 from robustloader.system.host import close_in_forked_children
 from robustloader.transport import codec
-from robustloader.transport.codec import Parcel
+from robustloader.transport.arena import ArenaReader
+from robustloader.transport.codec import Parcel, Placed
 
-__all__ = ["Channel", "Frame", "channel_pair"]
+__all__ = ["ArenaLost", "Channel", "Frame", "channel_pair"]
 
-_HEAD = struct.Struct("!IIQ")
-_ENTRY = struct.Struct("!qQ")
+_HEAD = struct.Struct("=IIQII")
+_ENTRY = struct.Struct("=qQqq")
+_EXTENT_BYTES = 8
 _SCRATCH_BYTES = 256 * 1024
 _SOCKET_BYTES = 4 * 1024 * 1024  # asked for; the kernel gives what net.core.wmem_max allows
 _MAX_VECTORS = 1_000  # IOV_MAX is 1,024 on Linux
 _TURN_BYTES = 32 * 1024 * 1024  # read from one worker before the others get a turn
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 8)
+
+_PLAIN = frozenset((int, str))  # indices of these types need no special care
+
+_NEW_ARENA = 1  # a descriptor came along
+_RENEW = 2  # the worker should begin a new arena
+_PAYLOAD_PLACED = 4  # the payload lies in the arena: the table's last entry
+
+
+class ArenaLost(Exception):
+    """A worker's new arena did not arrive: this process has no descriptor left for it, or cannot map it."""
 
 
 class Frame(NamedTuple):
-    """A received message and, where one came with it, its batch, still pickled."""
+    """A received message and, where one came with it, its batch, still pickled.
+
+    The buffers are leased from the start: a frame that is thrown away releases them.
+    """
 
     message: Any
     payload: memoryview
-    buffers: list[tuple[int, torch.Tensor]]
+    buffers: list[tuple[int, Any]]
+    released: tuple[int, ...] = ()
+    renew: bool = False
 
     @property
     def nbytes(self) -> int:
         """Size of the batch in bytes."""
-        return self.payload.nbytes + sum(block.numel() for _, block in self.buffers)
+        return self.payload.nbytes + sum(_size(block) for _, block in self.buffers)
 
     def batch(self) -> Any:
         """Unpickle the batch; raises whatever its own unpickling raises."""
         return codec.loads(self.payload, self.buffers)
+
+
+def _size(block: Any) -> int:
+    size: int = block.numel() if isinstance(block, torch.Tensor) else len(block)
+    return size
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:
@@ -65,12 +95,18 @@ def channel_pair() -> tuple[Channel, socket.socket]:
 
 
 class Channel:
-    """One end. Blocking or not is the socket's setting: the training process's is not, the worker's is."""
+    """One end. Blocking or not is the socket's setting: the training process's is not, the worker's is.
+
+    Attributes:
+        arena: the other side's arena, in the training process, once there is one.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._outgoing: deque[memoryview] = deque()
-        self._parser = _Parser()
+        self._received_fds: deque[int] = deque()
+        self._parser = _Parser(self)
+        self.arena: ArenaReader | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.closed = False
 
@@ -83,6 +119,11 @@ class Channel:
         self.closed = True
         self._outgoing.clear()
         self._socket.close()
+        while self._received_fds:
+            os.close(self._received_fds.popleft())
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
 
     # --- sending
 
@@ -91,23 +132,49 @@ class Channel:
         """Whether something waits until the socket is writable."""
         return bool(self._outgoing)
 
-    def send(self, message: Any, parcel: Parcel | None = None) -> None:
-        """Queue a frame and send what the socket takes at once.
+    def send(self, message: Any, parcel: Parcel | None = None, *, arena_fd: int | None = None) -> None:
+        """Queue a frame and send what the socket takes at once; what has been released goes along.
 
         Raises what pickling ``message`` raises, before anything is sent. A peer that is gone is no error here: its
         death is noticed elsewhere.
+
+        Args:
+            arena_fd: the descriptor of a new arena, which this frame is the first to use. Blocking ends only.
         """
-        self._outgoing.extend(_pack(message, parcel))
+        flags, released = 0, b""
+        if arena_fd is not None:
+            flags |= _NEW_ARENA
+        if self.arena is not None:
+            released = array.array("q", self.arena.take_released()).tobytes()
+            if self.arena.wasteful and not self.arena.retired:
+                self.arena.retired = True
+                flags |= _RENEW
+        frame = _pack(message, parcel, released, flags)
+        if arena_fd is not None:
+            self._send_descriptor(next(frame), arena_fd)
+        self._outgoing.extend(frame)
         self.flush()
+
+    def _send_descriptor(self, first: memoryview, fd: int) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        try:
+            sent = self._socket.sendmsg([first], ancillary)
+        except OSError:
+            return
+        if sent < first.nbytes:
+            self._outgoing.append(first[sent:])
 
     def flush(self) -> None:
         """Send what the socket takes (everything, on a blocking socket)."""
         while self._outgoing:
             try:
-                sent = self._socket.sendmsg([*_first(self._outgoing)])
+                if len(self._outgoing) == 1:
+                    sent = self._socket.send(self._outgoing[0])
+                else:
+                    sent = self._socket.sendmsg([*_first(self._outgoing)])
             except BlockingIOError:
                 return
-            except (BrokenPipeError, ConnectionResetError, OSError):
+            except OSError:  # the peer is gone
                 self._outgoing.clear()
                 return
             while sent:
@@ -125,14 +192,23 @@ class Channel:
         """Whole frames that have come in, and whether the other end is closed.
 
         On a blocking socket it waits for some bytes first, and may return no frame.
+
+        Raises:
+            ArenaLost: a frame cannot be read because its arena did not arrive.
         """
         frames: list[Frame] = []
         blocking = self._socket.getblocking()
         left = _TURN_BYTES
         while left > 0:
             target = self._parser.target(at_least=_SCRATCH_BYTES)
+            wanted = target if target is not None else self._scratch
             try:
-                count = self._socket.recv_into(target if target is not None else self._scratch)
+                if blocking:
+                    count = self._socket.recv_into(wanted)
+                else:
+                    count, ancillary, _, _ = self._socket.recvmsg_into([wanted], _ANCILLARY_BYTES)
+                    if ancillary:
+                        self._keep_descriptors(ancillary)
             except BlockingIOError:
                 return frames, False
             except ConnectionResetError:
@@ -144,25 +220,70 @@ class Channel:
                 frames.extend(self._parser.filled(count))
             else:
                 frames.extend(self._parser.feed(self._scratch[:count]))
-            if blocking and (frames or target is None):
+            # A short read has emptied the socket; if more has come since, the next look at it will tell.
+            if count < wanted.nbytes or (blocking and frames):
                 break
         return frames, False
 
+    def _keep_descriptors(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors = array.array("i")
+                descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+                self._received_fds.extend(descriptors)
 
-def _pack(message: Any, parcel: Parcel | None) -> Iterator[memoryview]:
-    envelope = pickle.dumps(message, 5) if parcel is not None else _envelope(message)
-    pickled = parcel.pickled if parcel is not None else b""
-    buffers = parcel.buffers if parcel is not None else ()
-    head = _HEAD.pack(len(envelope), len(buffers), len(pickled))
-    table = b"".join(_ENTRY.pack(buffer.low, buffer.memory.nbytes) for buffer in buffers)
-    parts = [memoryview(head + table + envelope), memoryview(pickled), *(buffer.memory for buffer in buffers)]
+    def install_arena(self) -> None:
+        """The frame at hand is the first to use a new arena.
+
+        Raises:
+            ArenaLost: its descriptor was cut off (MSG_CTRUNC: no descriptor was left), or it cannot be mapped.
+        """
+        if not self._received_fds:
+            raise ArenaLost("no file descriptor was left to receive a worker's shared memory")
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+        try:
+            self.arena = ArenaReader(self._received_fds.popleft())
+        except OSError as error:
+            raise ArenaLost(str(error)) from error
+
+
+def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> Iterator[memoryview]:
+    if parcel is None:
+        envelope = _envelope(message)
+        head = _HEAD.pack(len(envelope), 0, 0, len(released) // _EXTENT_BYTES, flags)
+        return iter((memoryview(head + released + envelope),))
+    envelope = pickle.dumps(message, 5)
+    entries = [*parcel.buffers]
+    pickled = parcel.pickled
+    if isinstance(pickled, Placed):
+        entries.append(pickled)
+        flags |= _PAYLOAD_PLACED
+        pickled = b""
+    table = b"".join(
+        _ENTRY.pack(entry.low, entry.size, entry.position, entry.extent)
+        if isinstance(entry, Placed)
+        else _ENTRY.pack(entry.low, entry.memory.nbytes, -1, -1)
+        for entry in entries
+    )
+    head = _HEAD.pack(len(envelope), len(entries), len(pickled), len(released) // _EXTENT_BYTES, flags)
+    parts = [
+        memoryview(b"".join((head, table, released, envelope))),
+        memoryview(pickled),
+        *(entry.memory for entry in entries if not isinstance(entry, Placed)),
+    ]
     return (part for part in parts if part.nbytes)
 
 
 def _envelope(message: Any) -> bytes:
     """Messages hold the user's indices, which may be anything: pickled like a batch, with all buffers inside."""
+    indices = getattr(message, "indices", None)
+    if type(indices) is list and _PLAIN.issuperset(map(type, indices)):
+        return pickle.dumps(message, 5)
     parcel = codec.dumps(message)
     if not parcel.buffers:
+        assert not isinstance(parcel.pickled, Placed)
         return bytes(parcel.pickled)
     return pickle.dumps(message, 5)
 
@@ -174,16 +295,15 @@ def _first(parts: deque[memoryview]) -> Iterator[memoryview]:
 class _Parser:
     """Puts frames together from whatever pieces the socket delivers."""
 
-    def __init__(self) -> None:
-        self._wanted = memoryview(bytearray(_HEAD.size))
-        self._have = 0
+    def __init__(self, channel: Channel) -> None:
+        self._channel: Channel = weakref.proxy(channel)
+        self._frame: Frame | None = None
         self._begin()
 
     def _begin(self) -> None:
         self._stage = "head"
+        self._frame = None
         self._pending: list[memoryview] = []
-        self._buffers: list[tuple[int, torch.Tensor]] = []
-        self._sizes = (0, 0, 0)
         self._expect(memoryview(bytearray(_HEAD.size)))
 
     def _expect(self, wanted: memoryview) -> None:
@@ -204,6 +324,17 @@ class _Parser:
         """``data`` was read; frames that are complete now."""
         frames = []
         while data.nbytes:
+            if self._stage == "head" and not self._have and data.nbytes >= _HEAD.size:
+                body = self._body_size(data)
+                end = _HEAD.size + body
+                if body and data.nbytes >= end:  # all of it is here: nothing to wait for, and nothing to piece together
+                    self._stage = "body"
+                    self._expect(memoryview(bytes(data[_HEAD.size : end])))
+                    data = data[end:]
+                    frame = self._advance()
+                    if frame is not None:
+                        frames.append(frame)
+                    continue
             take = min(self._wanted.nbytes - self._have, data.nbytes)
             self._wanted[self._have : self._have + take] = data[:take]
             self._have += take
@@ -214,31 +345,52 @@ class _Parser:
                     frames.append(frame)
         return frames
 
+    def _body_size(self, head: memoryview) -> int:
+        self._sizes: tuple[int, int, int, int, int] = _HEAD.unpack_from(head)
+        envelope, buffers, payload, released, _ = self._sizes
+        return envelope + buffers * _ENTRY.size + payload + released * _EXTENT_BYTES
+
     def _advance(self) -> Frame | None:
         """The current piece is complete: go on to the next one that is not empty, or hand out the frame."""
-        done = self._wanted
         if self._stage == "head":
-            envelope, count, payload = _HEAD.unpack(done)
-            self._sizes = (envelope, count, payload)
             self._stage = "body"
-            self._expect(memoryview(bytearray(count * _ENTRY.size + envelope + payload)))
+            body = self._body_size(self._wanted)
+            self._expect(memoryview(bytearray(body)))
             return None
         if self._stage == "body":
             self._stage = "buffers"
-            self._body = done
-            for entry in range(self._sizes[1]):
-                low, size = _ENTRY.unpack_from(done, entry * _ENTRY.size)
-                block = torch.empty(size, dtype=torch.uint8)
-                self._buffers.append((low, block))
-                if size:
-                    self._pending.append(block.numpy().data)
-            self._pending.reverse()
+            self._open_body(self._wanted)
         if self._pending:
             self._expect(self._pending.pop())
             return None
-        start = self._sizes[1] * _ENTRY.size
-        middle = start + self._sizes[0]
-        message = pickle.loads(self._body[start:middle])
-        frame = Frame(message, self._body[middle:], self._buffers)
+        frame = self._frame
         self._begin()
         return frame
+
+    def _open_body(self, body: memoryview) -> None:
+        """Read the table, take leases and make room for what follows in the frame."""
+        envelope, count, _, released, flags = self._sizes
+        channel = self._channel
+        if flags & _NEW_ARENA:
+            channel.install_arena()
+        place = 0
+        blocks: list[tuple[int, Any]] = []
+        for _ in range(count):
+            low, size, position, extent = _ENTRY.unpack_from(body, place)
+            place += _ENTRY.size
+            if position >= 0:
+                assert channel.arena is not None
+                blocks.append((low, channel.arena.lease(Placed(low, position, size, extent))))
+                continue
+            block = torch.empty(size, dtype=torch.uint8)
+            blocks.append((low, block))
+            if size:
+                self._pending.append(block.numpy().data)
+        self._pending.reverse()
+        extents: tuple[int, ...] = ()
+        if released:
+            extents = struct.unpack_from(f"={released}q", body, place)
+            place += released * _EXTENT_BYTES
+        message = pickle.loads(body[place : place + envelope])
+        payload = memoryview(blocks.pop()[1]) if flags & _PAYLOAD_PLACED else body[place + envelope :]
+        self._frame = Frame(message, payload, blocks, extents, bool(flags & _RENEW))

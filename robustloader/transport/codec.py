@@ -14,7 +14,6 @@ import copyreg
 import ctypes
 import io
 import pickle
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Buffer", "Parcel", "dumps", "loads"]
+__all__ = ["Buffer", "Parcel", "Placed", "dumps", "loads"]
 
 INLINE_BYTES = 4_096
 """Storages up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""
@@ -42,18 +41,38 @@ class Buffer(NamedTuple):
     low: int
     memory: memoryview
 
+    @property
+    def address(self) -> int:
+        """Where the memory lies in this process."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+
+class Placed(NamedTuple):
+    """A buffer in the worker's arena: ``size`` bytes from ``position``, in the extent at offset ``extent``."""
+
+    low: int
+    position: int
+    size: int
+    extent: int
+
 
 class Parcel(NamedTuple):
     """A pickled object and the memory that belongs to it. ``keep`` holds what owns that memory."""
 
-    pickled: bytes | memoryview
-    buffers: Sequence[Buffer]
+    pickled: bytes | memoryview | Placed
+    buffers: Sequence[Buffer | Placed]
     keep: Any = None
 
     @property
     def nbytes(self) -> int:
         """Size of all of it in bytes."""
-        return len(self.pickled) + sum(buffer.memory.nbytes for buffer in self.buffers)
+        return _size(self.pickled) + sum(map(_size, self.buffers))
+
+
+def _size(part: bytes | memoryview | Buffer | Placed) -> int:
+    if isinstance(part, Placed):
+        return part.size
+    return part.memory.nbytes if isinstance(part, Buffer) else len(part)
 
 
 def dumps(obj: Any) -> Parcel:
@@ -64,15 +83,19 @@ def dumps(obj: Any) -> Parcel:
     return Parcel(file.getbuffer(), pickler.buffers(), (pickler.storages, obj))
 
 
-def loads(pickled: bytes | memoryview, buffers: Iterable[tuple[int, torch.Tensor]] = ()) -> Any:
-    """The object again, built upon ``buffers``: pairs of ``low`` and a one-dimensional uint8 tensor of exact size.
+def loads(pickled: bytes | memoryview, buffers: Iterable[tuple[int, Any]] = ()) -> Any:
+    """The object again, built upon ``buffers``: pairs of ``low`` and memory of exact size, which is a one-dimensional
+    uint8 tensor or a writable object with the buffer protocol.
 
     Raises whatever the object's own unpickling raises.
     """
-    return pickle.loads(
-        pickled,
-        buffers=[(low, block.untyped_storage()) if low >= 0 else block.numpy() for low, block in buffers],
-    )
+    return pickle.loads(pickled, buffers=[_offer(low, block) for low, block in buffers])
+
+
+def _offer(low: int, block: Any) -> Any:
+    if isinstance(block, torch.Tensor):
+        return (low, block.untyped_storage()) if low >= 0 else block.numpy()
+    return (low, torch.frombuffer(block, dtype=torch.uint8).untyped_storage()) if low >= 0 else block
 
 
 class _Storage:
@@ -112,9 +135,10 @@ class _Pickler(pickle.Pickler):
         # A method of this object would tie it to itself, and keep the batch alive until the collector comes round.
         self._taken: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self._taken.append)
-        self.dispatch_table = _dispatch_table()
+        self.dispatch_table = _REDUCERS  # type: ignore[assignment]  # asked for single items only
         self.storages: dict[tuple[int, int], _Storage] = {}
         self._marked: dict[int, _Storage] = {}
+        self._small: dict[tuple[int, int], torch.Tensor] = {}  # each the first with its storage, which it fills
 
     def buffers(self) -> list[Buffer]:
         """The buffers in the order in which the pickle asks for them."""
@@ -141,7 +165,7 @@ class _Pickler(pickle.Pickler):
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
         if (
-            tensor.device.type != "cpu"
+            not tensor.is_cpu
             or tensor.layout is not torch.strided
             or tensor.is_quantized
             or tensor.is_nested
@@ -154,13 +178,23 @@ class _Pickler(pickle.Pickler):
                 "a batch holds a tensor that requires grad and is not a leaf: autograd does not cross processes; "
                 "call detach() on it in the dataset or in collate_fn"
             )
+        raw = tensor.untyped_storage()
+        nbytes = raw.nbytes()
         size, stride, offset, item = (
             tuple(tensor.shape),
             tensor.stride(),
             tensor.storage_offset(),
             tensor.element_size(),
         )
-        storage = self._storage_of(tensor.untyped_storage())
+        if 0 < nbytes <= INLINE_BYTES and not tensor.requires_grad:
+            address = raw.data_ptr()
+            first = self._small.get((address, nbytes))
+            if first is not None:
+                return _alias, (first, _CODE_OF[tensor.dtype], size, stride, offset)
+            if nbytes == tensor.numel() * item and stride == _row_major(size):
+                self._small[address, nbytes] = tensor
+                return _small_tensor, (bytearray(ctypes.string_at(address, nbytes)), _CODE_OF[tensor.dtype], size)
+        storage = self._storage_of(raw)
         if tensor.numel():
             last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
             storage.use(int(offset) * item, (last + 1) * item)
@@ -189,6 +223,24 @@ def _inline_storage(data: bytes) -> tuple[int, torch.UntypedStorage]:
     return 0, torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
 
 
+def _row_major(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a new tensor of this size."""
+    strides, step = [], 1
+    for length in reversed(size):
+        strides.append(step)
+        step *= max(1, length)
+    return tuple(reversed(strides))
+
+
+def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Tensor:
+    tensor = torch.frombuffer(data, dtype=_DTYPES[code])
+    return tensor if len(size) == 1 else tensor.view(size)
+
+
+def _alias(first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
+    return torch.empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
+
+
 def _whole_storage(storage: tuple[int, torch.UntypedStorage]) -> torch.UntypedStorage:
     return storage[1]
 
@@ -207,11 +259,18 @@ def _rebuild_tensor(
     return tensor.requires_grad_() if requires_grad else tensor
 
 
-def _dispatch_table() -> ChainMap[type, Callable[[Any], Any]]:
-    """multiprocessing's reducers, without torch's: those pass descriptors."""
-    extra = getattr(ForkingPickler, "_extra_reducers", {})
-    own = {kind: reducer for kind, reducer in extra.items() if not _is_torch(reducer)}
-    return ChainMap(own, copyreg.dispatch_table)
+class _Reducers:
+    """multiprocessing's reducers, without torch's (those pass descriptors), then copyreg's. Looked up as they are asked
+    for: there are dozens, few batches need one, and more may be registered at any time."""
+
+    def __getitem__(self, kind: type) -> Callable[[Any], Any]:
+        reducer = getattr(ForkingPickler, "_extra_reducers", {}).get(kind)
+        if reducer is not None and not _is_torch(reducer):
+            return reducer  # type: ignore[no-any-return]
+        return copyreg.dispatch_table[kind]
+
+
+_REDUCERS = _Reducers()
 
 
 def _is_torch(reducer: Any) -> bool:

@@ -117,7 +117,8 @@ class Raised:
 
 
 class Fault(NamedTuple):
-    """One sample that failed in a worker. ``position`` is its place in the task, -1 for a spare or none."""
+    """One sample that failed in a worker. ``position`` is its place in the task, -1 for a spare or none; ``hint`` says
+    what to do where the machine ran out of something."""
 
     kind: FaultKind
     index: Any
@@ -129,6 +130,7 @@ class Fault(NamedTuple):
     action: FaultAction
     replacement: Any = None
     transient: bool = False
+    hint: str = ""
 
 
 class Report(NamedTuple):
@@ -148,10 +150,13 @@ class Report(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """A batch; it follows in the same frame. ``samples`` counts what is in it.
+    """A batch; it follows in the same frame. ``samples`` counts what is in it. ``held_bytes`` is the memory that the
+    worker has for itself, once that is more than it may have; 0 otherwise.
 
-    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets); ``snapshot`` is the
-    pickled state after that of a dataset or stream that keeps its own.
+    ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). ``trouble`` says
+    why the batch did not go through the arena, where it should have. It began to load at ``begun_ns`` on the monotonic
+    clock, which all processes of a machine share, took ``load_ns``, and was sent at ``sent_ns``. ``snapshot`` is the
+    pickled state after it of a dataset or stream that keeps its own.
     """
 
     run: int
@@ -161,6 +166,10 @@ class Fetched(NamedTuple):
     rss_bytes: int
     report: Report | None = None
     calls: int = 0
+    trouble: str = ""
+    begun_ns: int = 0
+    sent_ns: int = 0
+    held_bytes: int = 0
     snapshot: bytes | None = None
 
 

@@ -6,6 +6,7 @@ knows about processes: the result is an outcome, and the caller sends it or acts
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tenacity import Retrying, retry_if_exception
 
 from robustloader.decisions.isolation import find_misfits
 from robustloader.decisions.keys import Key, as_list, count_indices, index_key
+from robustloader.decisions.limits import exhaustion_hint
 from robustloader.events import FaultAction, FaultKind
 from robustloader.policies import TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
@@ -145,12 +147,9 @@ class MapFetcher:
                 data = values
                 if beacon:
                     beacon.enter(ITEM, run=order.run, task=order.task, position=0)
-                    for position, index in enumerate(indices):
-                        beacon.sample(position)
-                        values.append(dataset[index])
-                else:
-                    for index in indices:
-                        values.append(dataset[index])
+                # Not under the name of ``indices``, which are counted below.
+                for index in beacon.follow(indices) if beacon else indices:
+                    values.append(dataset[index])
             stage = COLLATE
             if beacon:
                 beacon.enter(COLLATE, run=order.run, task=order.task, count=count_indices(indices))
@@ -310,7 +309,9 @@ class _Repair:
     def _is_transient(self, error: BaseException) -> bool:
         retry = self.policy.retry
         passing = TRANSIENT if retry is None else retry.on
-        return isinstance(error, passing) and not isinstance(error, self.policy.fatal)
+        if isinstance(error, self.policy.fatal):
+            return False
+        return isinstance(error, passing) or bool(exhaustion_hint(error))
 
     def _drop(self, position: int, bad: _Bad) -> None:
         """The sample at ``position`` is out."""
@@ -441,6 +442,9 @@ def _fault(
     plan: Plan,
     transient: bool = False,
 ) -> Fault:
+    hint = "" if plan.strict else exhaustion_hint(error)
+    if hint and hint not in getattr(error, "__notes__", ()):
+        error.add_note(hint)
     raised = Raised.of(error, plan.where)
     return Fault(
         kind,
@@ -451,7 +455,8 @@ def _fault(
         raised.traceback,
         attempts,
         action,
-        transient=transient,
+        transient=transient or bool(hint),
+        hint=hint,
     )
 
 
@@ -476,6 +481,7 @@ class IterableFetcher:
     calls: int = 0
     stream: Iterator[Any] = field(init=False)
     _values: list[Any] = field(default_factory=list)
+    _collated: list[Any] = field(default_factory=list)
     _reason: str = ""
 
     def __post_init__(self) -> None:
@@ -484,6 +490,7 @@ class IterableFetcher:
     def fetch(self, order: Fetch) -> Outcome:
         """Load one task."""
         self.calls += 1
+        self._collated = []
         plan, beacon = self.plan, self.plan.beacon
         wanted = len(order.indices) if plan.batched else 1
         faults: list[Fault] = []
@@ -509,18 +516,40 @@ class IterableFetcher:
                     return Broken(error, self._report(faults))
                 self._values = self._fitting(values, error, faults)
                 continue
+            self._collated = values if plan.batched and not plan.drop_last else []  # in case it cannot be encoded
             return Loaded(batch, len(values), self._report(faults) if faults or self._reason else None)
 
     def repair_unpicklable(self, order: Fetch, error: BaseException) -> Outcome:
-        """The batch could not be encoded; its samples are gone from the stream, so the trainer hears of it."""
-        fault = _fault("unpicklable", None, -1, error, 1, "raised", self.plan)
-        if self.plan.faults.action == "raise":
-            return Broken(error, Report((fault,)))
+        """The batch could not be encoded: a smaller one without the samples at fault, or the next where none is left.
+
+        It is not filled up from the stream: a successor that reads the stream again encodes nothing, and would not read
+        what this one had read in their place. With ``drop_last`` a smaller batch is none, so all of it is lost.
+        """
+        plan = self.plan
+        values, self._collated = self._collated, []
+        if plan.faults.action == "raise":
+            return Broken(error, Report((_fault("unpicklable", None, -1, error, 1, "raised", plan),)))
+        kept, faults = self._encodable(order, values)
+        lost = tuple(faults) or (_fault("unpicklable", None, -1, error, 1, "skipped", plan),)
+        if kept and faults:
+            with contextlib.suppress(plan.catches):
+                return Loaded(plan.collate_fn(kept), len(kept), Report(lost))
         again = self.fetch(order)
-        lost = fault._replace(action="skipped")
-        if isinstance(again, Loaded | Ended):
-            return again._replace(report=_joined(lost, again.report))
         return again._replace(report=_joined(lost, again.report))
+
+    def _encodable(self, order: Fetch, values: list[Any]) -> tuple[list[Any], list[Fault]]:
+        """The samples that can be encoded, each by itself, and a fault for each of the others."""
+        plan, kept, faults = self.plan, [], []
+        for position, value in enumerate(values):
+            if plan.beacon:
+                plan.beacon.enter(ENCODE, run=order.run, task=order.task, position=position)
+            try:
+                if plan.encode:
+                    plan.encode(plan.collate_fn([value]))
+                kept.append(value)
+            except plan.catches as error:
+                faults.append(_fault("unpicklable", None, -1, error, 1, "skipped", plan))
+        return kept, faults
 
     def trial(self, order: Trial) -> None:
         """A stream has no sample to try."""
@@ -565,6 +594,6 @@ class IterableFetcher:
         return Report(tuple(faults), ended=reason)
 
 
-def _joined(fault: Fault, report: Report | None) -> Report:
+def _joined(faults: tuple[Fault, ...], report: Report | None) -> Report:
     report = report or Report()
-    return report._replace(faults=(fault, *report.faults))
+    return report._replace(faults=(*faults, *report.faults))

@@ -24,6 +24,7 @@ import torch
 from robustloader.policies import FaultPolicy
 from robustloader.system import host, torch_private
 from robustloader.transport import codec
+from robustloader.transport.arena import Arena, ArenaLimits
 from robustloader.transport.channel import Channel
 from robustloader.transport.messages import (
     Exhausted,
@@ -41,8 +42,9 @@ from robustloader.transport.messages import (
     Unfilled,
 )
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
-from robustloader.worker.collate import private_collate
+from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, IterableFetcher, Loaded, MapFetcher, Outcome, Plan, Short, make_fetcher
+from robustloader.worker.meter import MemoryMeter
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
 from robustloader.worker.stateful import restored_fetcher, take_snapshot
 
@@ -96,6 +98,8 @@ class Setup:
         skip: how often to read from an iterable dataset and throw the batch away, because a predecessor sent it.
         indices: one task's indices, for those.
         rng: random states to begin the stream with; None keeps those of the seed.
+        arena: how large this worker's arena may get; None sends everything through the socket.
+        max_worker_bytes: how much memory of its own the worker may hold before it says so; None does not look.
         snapshot: a pickled :class:`StreamSnapshot` to begin with; ``skip`` counts from there.
     """
 
@@ -117,6 +121,8 @@ class Setup:
     skip: int = 0
     indices: Any = None
     rng: Any = None
+    arena: ArenaLimits | None = None
+    max_worker_bytes: int | None = None
     snapshot: bytes | None = None
 
 
@@ -134,7 +140,7 @@ def run_worker(setup: Setup) -> None:
     except BaseException as error:  # user code: the dataset's unpickling, worker_init_fn, iter(dataset)
         channel.send(StartFailed(Raised.of(error, where)))
         return
-    with private_collate():
+    with worker.stacker.installed():
         worker.serve()
 
 
@@ -146,6 +152,9 @@ class _Worker:
         self.where = where
         self.run = setup.run
         self.epoch = setup.epoch
+        self.arena = Arena(setup.arena) if setup.arena is not None else None
+        self.stacker = Stacker(self.arena)
+        self.meter = MemoryMeter(setup.max_worker_bytes)
         self._quiet_signals()
         torch.set_num_threads(1)
         # Unpickling may draw random numbers; under torch it happens before the seeds are set, so it does here.
@@ -163,7 +172,7 @@ class _Worker:
             dataset=info.dataset,
             iterable=setup.iterable,
             batched=setup.batched,
-            collate_fn=collate_fn,
+            collate_fn=self.stacker.around(collate_fn),
             drop_last=setup.drop_last,
             faults=faults,
             catches=BaseException,
@@ -201,6 +210,10 @@ class _Worker:
                 if self.beacon.dismissed:
                     return
                 message = frame.message
+                if self.arena is not None:
+                    self.arena.release(frame.released)
+                    if frame.renew:
+                        self.arena.renew()
                 if isinstance(message, Fetch):
                     self._serve_fetch(message)
                 elif isinstance(message, Resume):
@@ -249,11 +262,22 @@ class _Worker:
             except BaseException as error:  # a user's state_dict
                 outcome = Broken(error, outcome.report or Report())
                 break
+            fd, trouble = None, ""
+            if self.arena is not None:
+                parcel = self.arena.place(parcel)
+                fd, trouble = self.arena.take_descriptor(), self.arena.take_trouble()
             self.beacon.finish()
             rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             calls = self.fetcher.calls
-            reply = Fetched(order.run, order.task, outcome.samples, load_ns, rss, outcome.report, calls, snapshot)
-            self.channel.send(reply, parcel)
+            held = self.meter.excess_bytes(rss)
+            samples, report = outcome.samples, outcome.report
+            now = time.monotonic_ns()
+            reply = Fetched(
+                order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, now, held, snapshot
+            )
+            self.channel.send(reply, parcel, arena_fd=fd)
+            if fd is not None:
+                os.close(fd)
             return
         self.beacon.finish()
         self.channel.send(self._reply(order, outcome))
@@ -278,10 +302,12 @@ class _Worker:
 def _decode(parcel: codec.Parcel) -> Any:
     """What the training process will do with a parcel."""
     blocks = []
-    for low, memory in parcel.buffers:
-        block = torch.empty(memory.nbytes, dtype=torch.uint8)
-        block.numpy().data[:] = memory
-        blocks.append((low, block))
+    for buffer in parcel.buffers:
+        assert isinstance(buffer, codec.Buffer)
+        block = torch.empty(buffer.memory.nbytes, dtype=torch.uint8)
+        block.numpy().data[:] = buffer.memory
+        blocks.append((buffer.low, block))
+    assert not isinstance(parcel.pickled, codec.Placed)
     return codec.loads(parcel.pickled, blocks)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from torch.utils.data import default_collate
 
-from robustloader import FaultPolicy, RobustDataLoader, SampleError
+from robustloader import FaultPolicy, RobustDataLoader, RobustLoaderWarning, SampleError
 from tests.support.datasets import Raising
 from tests.support.hostile import CONTROL, HOSTILE, OwnBase
 from tests.support.listener import flat
@@ -180,3 +181,14 @@ def test_in_process_stop_iteration_is_raised_as_an_error(place: str, faults: Any
         for batch in loader:
             delivered.append(batch.tolist())
     assert flat(delivered) == [0, 1, 2, 3]
+
+
+def test_a_name_moves_no_cursor() -> None:
+    """Escape sequences in what a sample raises reach neither the warning nor the table of faults."""
+    bad = "a\x1b[2J\x1b]0;owned\x07b\x9b1A"
+    loader = RobustDataLoader(Raising(8, {5: lambda index: OSError(bad)}), batch_size=4)
+    with pytest.warns(RobustLoaderWarning, match="sample 5 was replaced") as caught:
+        assert len(flat(loader)) == 8
+    for text in (*(str(warning.message) for warning in caught), str(loader.fault_log), str(loader.summary())):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+    assert loader.fault_log[0].message == bad

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from robustloader import FaultPolicy, RobustDataLoader
-from tests.support.datasets import Made, Numbers
+from tests.support.datasets import Made, Numbers, Stream
 from tests.support.hostile import ReduceExits, Undecodable, UndecodableHere, Unpicklable, samples_of
+from tests.support.peek import pids
+from tests.support.watch import kill
 
 pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
 
@@ -121,3 +125,40 @@ def test_raised_it_is_the_users_error(make: Any, faults: Any) -> None:
     with pytest.raises(FileNotFoundError, match="the table for 5"):
         next(iterator)
     assert [samples_of(batch) for batch in iterator] == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+class Odd(Stream):
+    """Some numbers come as what does not pickle."""
+
+    def __init__(self, size: int, odd: tuple[int, ...]) -> None:
+        super().__init__(size)
+        self.odd = odd
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            yield Unpicklable(number) if number in self.odd else number
+
+
+@pytest.mark.parametrize(("odd", "sizes"), [((5,), [4, 3, 4, 4]), ((4, 5, 6, 7), [4, 4, 4]), ((0, 15), [3, 4, 4, 3])])
+def test_a_streams_neighbours_are_not_lost(odd: tuple[int, ...], sizes: list[int]) -> None:
+    """Of a batch that cannot be pickled, only the samples at fault are done without; each is recorded."""
+    loader = RobustDataLoader(Odd(16, odd), batch_size=4, num_workers=1, collate_fn=list)
+    batches = [samples_of(batch) for batch in loader]
+    assert [sample for batch in batches for sample in batch] == [index for index in range(16) if index not in odd]
+    assert [len(batch) for batch in batches] == sizes
+    assert [record.kind for record in loader.fault_log] == ["unpicklable"] * len(odd)
+
+
+def test_a_stream_that_is_read_again_goes_on_behind_a_smaller_batch() -> None:
+    """A successor encodes nothing of what it skips, and still is where its predecessor was."""
+    loader = RobustDataLoader(
+        Odd(40, (5, 12, 13, 14, 15)), batch_size=4, num_workers=1, prefetch_factor=1, collate_fn=list
+    )
+    iterator = iter(loader)
+    delivered = []
+    for number, batch in enumerate(iterator):
+        delivered += samples_of(batch)
+        if number in (2, 4, 6):
+            for pid in pids(iterator):
+                kill(pid, signal.SIGKILL)
+    assert delivered == [index for index in range(40) if index not in (5, 12, 13, 14, 15)]

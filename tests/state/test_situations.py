@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DistributedSampler, Sampler
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
 
-from robustloader import ElasticDistributedBatchSampler, ElasticDistributedSampler, RobustDataLoader
+from robustloader import ElasticDistributedBatchSampler, ElasticDistributedSampler, RecoveryPolicy, RobustDataLoader
 from tests.support.datasets import Deadly, Death, Numbers
 
 
@@ -169,6 +169,36 @@ def test_an_abandoned_epoch_goes_on() -> None:
     ours.load_state_dict(state)
     assert ours.state_dict() == state
     assert sorted(head + numbers(ours)) == list(range(30))
+
+
+class Uneven(IterableDataset):
+    """One sample for the first worker, 20 for the second."""
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        return iter([0] if info is not None and info.id == 0 else range(1, 21))
+
+
+@pytest.mark.parametrize("recovery", [None, RecoveryPolicy()])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_shard_that_had_ended(recovery: RecoveryPolicy | None, persistent: bool) -> None:
+    """It gets no process until the next epoch, which is a whole one."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Uneven(), 2, num_workers=2, recovery=recovery, persistent_workers=persistent)
+
+    ours = make()
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 5))
+    state = ours.state_dict()
+    assert [shard["ended"] for shard in state["shards"]] == [True, False]
+    other = make()
+    other.load_state_dict(state)
+    resumed = iter(other)
+    assert [process.is_alive() for process in resumed.processes()] == [True]
+    assert sorted(head + numbers(resumed)) == list(range(21))
+    assert sorted(numbers(other)) == list(range(21))
+    assert sorted(numbers(iterator)) == sorted(set(range(21)) - set(head))
 
 
 def test_epochs_go_on_counting() -> None:

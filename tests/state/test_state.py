@@ -110,3 +110,19 @@ def test_passing_over_is_observing(size: int, tasks: int, seed: int) -> None:
     other.pass_over(items[:half], size)
     other.pass_over(items[half:], size)
     assert one.mark == other.mark
+
+
+@given(st.integers(1, 20), st.integers(0, 300), st.integers(0, 1 << 63))
+def test_spares_go_on_from_a_mark(size: int, tasks: int, seed: int) -> None:
+    """Through JSON, and taken while other tasks had been read ahead: later tasks draw the same."""
+    one, other = SpareReservoir(seed=seed, epoch=2), SpareReservoir(seed=seed, epoch=2)
+    items = list(range(size * (tasks + 6)))
+    one.pass_over(items[: size * tasks], size)
+    mark = json.loads(json.dumps(one.mark))
+    other.restore(mark)
+    for reservoir in (one, other):
+        for task in range(tasks, tasks + 6):
+            reservoir.observe(task, items[task * size : (task + 1) * size])
+    assert one.mark == other.mark
+    for task, round in itertools.product(range(tasks, tasks + 4), (1, 3)):
+        assert one.draw(task, 4, round=round) == other.draw(task, 4, round=round)

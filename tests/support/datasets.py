@@ -5,9 +5,7 @@ Unless it says otherwise, sample ``i`` of a dataset here is the integer ``i``: w
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
+from robustloader.testing import Crash, Exit, Injector, Misbehaviour
 from tests.support.watch import post, wait_at
 
 # --- ways to fail -----------------------------------------------------------------------------------------------------
@@ -40,61 +39,39 @@ CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "exit 0", "exit 3")
 """Deaths that only code in the worker itself can bring about."""
 
 
-def die(how: str) -> None:
-    """End this process."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if how == "SIGSEGV":
-        ctypes.string_at(0)
-    elif how == "SIGABRT":
-        os.abort()
-    elif how.startswith("SIG"):
-        os.kill(os.getpid(), getattr(signal, how))
-    else:
-        os._exit(int(how.removeprefix("exit ")))
+def misbehaviour(how: str, times: int | None) -> Misbehaviour:
+    """What brings such a death about."""
+    if how.startswith("SIG"):
+        return Crash(signal=getattr(signal, how), times=times)
+    return Exit(code=int(how.removeprefix("exit ")), times=times)
 
 
 class Death:
     """A death at one place: at most ``times`` over all processes (they count in a file), and never in the trainer.
 
     Args:
-        folder: where the marks are kept.
+        folder: where the count is kept.
         how: one of ``DEATHS``.
         times: None dies every time.
     """
 
     def __init__(self, folder: Any, how: str, times: int | None = 1) -> None:
-        self.folder = str(folder)
+        self.injector = Injector({how: misbehaviour(how, times)}, folder=folder)
         self.how = how
-        self.times = times
-        self.trainer = os.getpid()
 
     def strike(self) -> None:
         """Die here, if it is still to happen."""
-        if os.getpid() == self.trainer:
-            note(self.witness, "the training process came here")
-            return
-        for number in range(1_000):
-            if self.times is not None and number >= self.times:
-                return
-            try:
-                os.close(os.open(f"{self.folder}/death-{number}", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            die(self.how)
-
-    @property
-    def witness(self) -> str:
-        return f"{self.folder}/in-trainer"
+        self.injector.strike(self.how)
 
     @property
     def seen_in_trainer(self) -> bool:
         """Whether the training process ran what kills."""
-        return os.path.exists(self.witness)
+        return bool(self.injector.seen_in_trainer)
 
     @property
     def count(self) -> int:
         """How often it has happened."""
-        return sum(name.startswith("death-") for name in os.listdir(self.folder))
+        return self.injector.count()
 
 
 # --- a record of what is fetched --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustloader.decisions.advice import Facts, WorkerPace, advise, judge
+from robustloader.decisions.advice import Facts, WorkerPace, advise, find_stragglers, judge
 
 
 def pace(*busy_s: float, tasks: int = 25) -> tuple[WorkerPace, ...]:
@@ -82,6 +82,16 @@ def test_an_epoch_without_any_time_is_judged() -> None:
             id="nothing-but-waiting",
         ),
         pytest.param(replace(INPUT, pace=pace(3, 3, 3, 3)), "busy only 30 % of the time", id="bursts"),
+        pytest.param(
+            replace(INPUT, batches=10**5, pace=pace(0.01, 0.01, 0.01, 0.01)),
+            "loads in 400 µs, faster than a worker hands it over: try num_workers=0, or larger",
+            id="tiny-batches",
+        ),
+        pytest.param(
+            replace(INPUT, batches=50_000, workers_requested=0, workers_at_end=0, pace=()),
+            "loads in 100 µs, faster than a worker hands it over: larger batches",
+            id="tiny-batches-in-process",
+        ),
         pytest.param(replace(INPUT, pace=pace(3, 9, 3, 3)), "Worker 1 takes 3x as long", id="straggler"),
         pytest.param(replace(BALANCED, pace=pace(9, 2, 2)), "Worker 0 takes 4.5x", id="balanced-straggler"),
         pytest.param(replace(INPUT, pace=pace(8, 9, 8, 8, tasks=3)), "cannot keep up", id="too-few-tasks-to-blame"),
@@ -144,3 +154,28 @@ def test_any_numbers_give_one_line(facts: Facts) -> None:
     assert "\n" not in advice
     assert 0.0 <= facts.wait_fraction <= 1.0
     assert 0.0 <= facts.busy_fraction <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "tasks", "stragglers"),
+    [
+        ((), 25, ()),
+        ((9,), 25, ()),
+        ((8, 8, 8, 8), 25, ()),
+        ((8, 15.9, 8, 8), 25, ()),
+        ((8, 16, 8, 8), 25, (1,)),
+        ((20, 8, 8, 20, 8), 25, (0, 3)),
+        ((1, 2), 25, (1,)),
+        ((0, 0, 0), 25, ()),
+        ((8, 80, 8, 8), 9, ()),
+    ],
+)
+def test_stragglers_take_twice_as_long_as_the_others_median(
+    busy_s: tuple[float, ...], tasks: int, stragglers: tuple[int, ...]
+) -> None:
+    assert find_stragglers(pace(*busy_s, tasks=tasks)) == stragglers
+
+
+def test_a_workers_share_of_the_tasks_makes_no_straggler() -> None:
+    """It is the time per batch that counts."""
+    assert find_stragglers([WorkerPace(worker_id=0, tasks=100, busy_s=40), *pace(0, 8, 8)[1:]]) == ()

@@ -29,37 +29,11 @@ def test_usable_cpus() -> None:
     assert 1 <= host.usable_cpus() <= len(os.sched_getaffinity(0))
 
 
-def test_a_cpu_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a processor is one; the tightest group on the way up decides."""
-    quotas = {"/g/a/cpu.max": "max 100000", "/g/cpu.max": "50000 100000"}
-    monkeypatch.setattr(host, "_cgroup_folders", lambda controller: [] if controller else ["/g/a", "/g"])
-    monkeypatch.setattr(host, "_read", lambda path: quotas.get(path, ""))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert host.usable_cpus() == 1
-    quotas["/g/cpu.max"] = "1250000 100000"
-    assert host.usable_cpus() == 13
-
-
 def test_free_memory() -> None:
     """Something of something."""
     free, limit = host.free_memory_bytes()
     assert 0 <= free <= limit
     assert limit > 2**20
-
-
-def test_a_memory_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tightest control group above this process; page cache that can be dropped is free."""
-    files = {
-        "/g/memory.max": str(2**30),
-        "/g/memory.current": str(600 * 2**20),
-        "/g/memory.stat": f"anon 5\ninactive_file {100 * 2**20}",
-        "/g/memory.events": "low 0\noom_kill 4",
-    }
-    monkeypatch.setattr(host, "_cgroup_folders", lambda controller: [] if controller else ["/g"])
-    monkeypatch.setattr(host, "_read", lambda path: files.get(path, ""))
-    free, limit = host.free_memory_bytes()
-    assert (free, limit) == (2**30 - 500 * 2**20, 2**30)
-    assert host.memory_kills() == 4
 
 
 def test_memory_kills_is_a_count() -> None:

@@ -98,7 +98,8 @@ def test_closed_tasks_are_forgotten() -> None:
         reservoir.observe(task, [task])
         if task >= 5:
             reservoir.close(task - 5)
-    assert len(reservoir._views) == 5
+    assert len(reservoir._open) == 5
+    assert len(reservoir._changes) <= 6
     assert len(reservoir._offers) <= 6
     assert reservoir.draw(9_997, 4)
     assert reservoir.draw(3, 4) == ()

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -190,6 +191,57 @@ class TestSummary:
         assert summary is not None
         assert json.dumps(summary.to_dict(), allow_nan=False)
         assert summary.verdict == "warm-up"
+
+    def test_busy_share_and_stragglers(self) -> None:
+        """Of the epoch's duration; a worker twice as slow as the others is named."""
+        recording = begin(Recorder(TelemetryPolicy()), workers=3)
+        for _ in range(10):
+            for worker, load_ms in enumerate((10, 10, 40)):
+                recording.worker_task(worker, 8, load_ms * MILLISECOND, 0)
+        summary = recording.close(complete=True, workers_at_end=3, now_ns=SECOND)
+        assert summary is not None
+        assert [worker.busy_fraction for worker in summary.workers] == pytest.approx([0.1, 0.1, 0.4])
+        assert [worker.straggler for worker in summary.workers] == [False, False, True]
+        assert summary.stragglers == (2,)
+        assert "workers    3   stragglers 2" in str(summary)
+        assert "40.0 %" in str(summary)
+
+    def test_the_trainers_memory_is_told(self) -> None:
+        """It has torch in it, and does not fit into a hundredth of a gigabyte."""
+        summary = run_epoch(Recorder(TelemetryPolicy()))
+        assert summary is not None
+        assert 10 << 20 < summary.peak_trainer_bytes < 1 << 40
+        assert "the largest worker" in str(summary) and "the training process" in str(summary)
+
+    def test_64_workers_with_every_trouble_fit_the_screen(self) -> None:
+        """Thirty lines of a hundred columns, and every kind of failure is on it."""
+        recorder = Recorder(TelemetryPolicy())
+        recording = begin(recorder, workers=64)
+        for task in range(64 * 12):
+            recording.worker_task(task % 64, 8, (900 if task % 64 < 5 else 10) * MILLISECOND, 900 << 30)
+            recording.delivered(8, 1 << 30)
+            recording.waited(10 * MILLISECOND, 128)
+            recording.stepped(MILLISECOND)
+        for action in ("retried", "replaced", "skipped", "raised", "quarantined"):
+            for _ in range(12_345):
+                recording._count(SampleFaulted(fault=FaultRecord(kind="exception", index=0, action=action)))
+        for event in (
+            SampleReplaced(task=0, position=1, wanted=2, used=3),
+            crashed(),
+            WorkerHung(worker_id=0, incarnation=0, pid=1, phase="item", index=0, silent_s=9.0, stack=""),
+            WorkerRestarted(worker_id=1, incarnation=1, pid=2, waited_s=0.0),
+            TaskReplayed(task=4, worker_id=1, attempt=2),
+            WorkerRecycled(worker_id=0, pid=1, used_bytes=9, limit_bytes=8),
+            PoolShrunk(workers=3, reason="memory"),
+        ):
+            recording.emit(event)
+        text = str(recording.close(complete=False, workers_at_end=3, now_ns=10_000 * SECOND))
+        lines = text.splitlines()
+        assert len(lines) <= 30 and max(map(len, lines)) <= 100 and "…" not in text
+        for word in ("replaced", "skipped", "retried", "quarantined", "hangs", "restarts", "replayed", "recycled"):
+            assert word in text
+        assert "stragglers 0, 1, 2, 3 and 1 more" in text and "64 at the start, 3 at the end" in text
+        assert "and 57 faster ones" in text
 
 
 class TestTable:
@@ -501,6 +553,12 @@ class TestFaultLog:
         assert log[3] in log
         with pytest.raises(IndexError):
             log[10]
+
+    def test_the_table_moves_no_cursor(self) -> None:
+        log = FaultLog()
+        log.append(FaultRecord(kind="exception", index="a\x1b[2Jb", error_type="E", message="c\x1b]0;x\x07d\x9be\r\nf"))
+        assert str(log).isascii() and not re.search("[\x00-\x09\x0b-\x1f]", str(log))
+        assert "a\\x1b[2Jb" in str(log) and "E: c ]0;x d e f" in str(log)
 
     def test_counts_are_over_all_ever_seen(self) -> None:
         log = self.filled(25)

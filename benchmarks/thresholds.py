@@ -1,0 +1,126 @@
+"""What the results must show, in one table, and the judging of a result by it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["NOT_SLOWER", "THRESHOLDS", "Threshold", "Verdict", "judge"]
+
+Kind = Literal["ratio", "near limit", "not slower", "within", "at most"]
+
+NOT_SLOWER = 0.97
+"""The lower bound of a ratio's interval that counts as not slower: below it lies what runs cannot tell from chance."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One line of what must be shown of ``measurement``, ours against ``against``.
+
+    Kinds:
+        ratio: the median ratio is at least ``value``.
+        near limit: at least ``value`` of the limit is reached, or 1.15 × torch.
+        not slower: the lower bound of the ratio's interval is at least ``value``.
+        within: the whole interval lies within 1 ± ``value``.
+        at most: ours is at most ``value`` times the other's (memory: less is better).
+    """
+
+    measurement: str
+    kind: Kind
+    value: float
+    against: str = "torch"
+
+
+THRESHOLDS = (
+    Threshold("tiny", "ratio", 6.0),
+    Threshold("image-u8", "ratio", 5.0),
+    Threshold("image-f32", "ratio", 4.0),
+    Threshold("tokens", "ratio", 4.0),
+    Threshold("many", "ratio", 8.0),
+    Threshold("numpy", "ratio", 3.0),
+    Threshold("text", "ratio", 1.5),
+    Threshold("cpu", "near limit", 0.90),
+    Threshold("jpeg", "near limit", 0.90),
+    Threshold("io", "not slower", NOT_SLOWER),
+    Threshold("skewed", "not slower", NOT_SLOWER),
+    Threshold("first-batch", "not slower", NOT_SLOWER),
+    Threshold("short-epoch", "not slower", NOT_SLOWER),
+    Threshold("memory", "at most", 1.05),
+    Threshold("policies", "within", 0.03, "all off"),
+    Threshold("policies-tiny", "within", 0.03, "all off"),
+    Threshold("telemetry", "within", 0.02, "telemetry off"),
+    *(
+        Threshold(measurement, "not slower", NOT_SLOWER, peer)
+        for measurement in (
+            *("tiny", "image-u8", "image-f32", "tokens", "many", "numpy", "text", "cpu", "jpeg", "io", "skewed"),
+            *("first-batch", "short-epoch"),
+        )
+        for peer in ("torchdata", "spdl")
+    ),
+)
+"""Against torch each line names its own figure; of the peers, nothing may be faster."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a threshold. ``passed`` is None where the other could not do the work."""
+
+    measurement: str
+    against: str
+    wanted: str
+    shown: str
+    passed: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        word = {True: "pass", False: "falls short", None: "not compared"}[self.passed]
+        return f"{word:13} {self.measurement:14} : {self.against:14} {self.wanted:38} {self.shown}"
+
+
+def judge(measurements: Mapping[str, Any]) -> Iterator[Verdict]:
+    """A verdict for each threshold whose measurement was made."""
+    for threshold in THRESHOLDS:
+        if threshold.measurement in measurements:
+            yield _judge(threshold, measurements[threshold.measurement])
+
+
+def _judge(threshold: Threshold, measurement: Mapping[str, Any]) -> Verdict:
+    ratio = measurement["ratios"].get(threshold.against)
+    wanted, value = _wanted(threshold), threshold.value
+
+    def verdict(shown: str, passed: bool | None) -> Verdict:
+        return Verdict(threshold.measurement, threshold.against, wanted, shown, passed)
+
+    of_limit = measurement.get("of_limit")
+    if threshold.kind == "near limit" and of_limit is not None and of_limit >= value:
+        return verdict(f"{of_limit:.2f} of the limit", True)
+    if ratio is None:
+        own = measurement["loaders"].get(measurement["subject"], {}).get("cannot")
+        other = measurement["loaders"].get(threshold.against, {}).get("cannot")
+        return verdict(own or other or "not measured", False if own else None)
+    interval = f"{ratio['median']:.2f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+    if threshold.kind == "ratio":
+        return verdict(interval, ratio["median"] >= value)
+    if threshold.kind == "not slower":
+        return verdict(interval, ratio["low"] >= value)
+    if threshold.kind == "within":
+        return verdict(interval, 1 - value <= ratio["low"] and ratio["high"] <= 1 + value)
+    if threshold.kind == "at most":
+        return verdict(f"{1 / ratio['median']:.3f}", 1 / ratio["median"] <= value)
+    shown = f"{of_limit:.2f} of the limit, " if of_limit is not None else ""
+    return verdict(f"{shown}{ratio['median']:.2f} × torch", ratio["median"] >= 1.15)
+
+
+def _wanted(threshold: Threshold) -> str:
+    value = threshold.value
+    return {
+        "ratio": f"at least {value:g} × as fast",
+        "near limit": f"{value:.0%} of the limit, or 1.15 × torch",
+        "not slower": f"interval's lower bound at least {value:g}",
+        "within": f"interval within {value:.0%}",
+        "at most": f"at most {value:g} × the memory",
+    }[threshold.kind]

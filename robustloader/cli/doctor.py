@@ -1,0 +1,72 @@
+"""``robustloader doctor``: what this machine allows a loader, in one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import Any
+
+from robustloader.checkup import doctor
+from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader.telemetry.units import as_line
+
+__all__ = ["add_parser", "run"]
+
+
+_COUNT = re.compile("0*[1-9][0-9]{0,8}")
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser(
+        "doctor",
+        help="look at this machine's limits: memory, /dev/shm, open files, processes",
+        description="Look at everything that limits a loader here, and say what to do about it. With a dataset, one "
+        "batch is loaded by one worker process and the plan is judged by its size. The exit status is 0 when a loader "
+        "as planned would work, 1 when a check found a problem, 2 for bad arguments.",
+    )
+    parser.add_argument(
+        "--dataset", metavar="MODULE:CALLABLE", help="what to call for a dataset, such as my_project.data:train_set"
+    )
+    parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="samples in a batch (default: 1)")
+    parser.add_argument(
+        "--num-workers", type=_count, metavar="N", help="worker processes planned (default: one per usable processor)"
+    )
+    parser.add_argument(
+        "--prefetch-factor", type=_count, default=2, metavar="N", help="batches ahead per worker (default: 2)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look, print, and tell: the exit status."""
+    try:
+        dataset = load_dataset(options.dataset) if options.dataset else None
+    except DatasetNameError as error:
+        print(as_line(f"robustloader doctor: {error}"), file=sys.stderr)
+        return 2
+    try:
+        report = doctor(
+            dataset,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            prefetch_factor=options.prefetch_factor,
+        )
+    except Exception as error:  # the user's dataset may raise anything
+        if dataset is None:
+            raise
+        told = as_line(f"{type(error).__name__}: {error}")
+        print(f"robustloader doctor: loading one batch raised {told}", file=sys.stderr)
+        return 1
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    return 0 if report.ok else 1
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not _COUNT.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)

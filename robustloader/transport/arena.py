@@ -1,0 +1,411 @@
+"""The arena: shared memory in which a worker lays the tensors of its batches, and the training process finds them.
+
+One memfd per worker incarnation, mapped once by each side (:class:`~robustloader.system.mapping.SharedMapping`). Each
+large tensor has an *extent*: whole pages of its own. The worker allocates. It counts for each extent what still looks
+at it: tensors in the worker itself (user code may keep what ``collate_fn`` made), and batches in the training process.
+There, each extent that a batch uses has a *lease*, a weak reference to the very object that the tensor's storage keeps
+alive; when the lease ends, the extent's offset goes back with the next message to the worker. An extent that nothing
+looks at is used again: no page fault, no system call.
+
+**Forks.** A child forked while an extent is leased may be reading it for as long as it lives, unseen from here. So that
+extent is never used again (:func:`own_fork` excepts our own workers: theirs ends with them). Where such extents add up,
+the training process asks for a new arena; the old one's memory goes when the last process that maps it has gone.
+
+**Memory.** In a control group with a memory limit, writing to a page is answered by the memory killer and not by an
+error, so the headroom is looked at before the arena grows, and what has lain idle for a while is given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from robustloader.decisions.extents import ExtentMap, whole_pages
+from robustloader.system import host
+from robustloader.system.mapping import SharedMapping
+from robustloader.transport.codec import INLINE_BYTES, Buffer, Parcel, Placed
+
+__all__ = ["Arena", "ArenaLimits", "ArenaReader", "ForkToken", "own_fork"]
+
+PAYLOAD_BYTES = 32 * 1024
+"""Pickles from this size on go through the arena too: a socket takes about 200 KB before its reader must come."""
+
+_STEP_BYTES = 64 * 1024 * 1024  # how far the arena may grow between two looks at the headroom
+_LOOK_AGAIN_S = 1.0  # after growth was refused
+_IDLE_BATCHES = 128  # what no batch needed for so long is given back
+_WITHHELD_BYTES = 256 * 1024 * 1024
+_VIRTUAL_FACTOR = 4  # address space costs nothing, and room to spare makes up for fragments
+_VIRTUAL_BYTES = (1 << 30, 1 << 42)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaLimits:
+    """How much memory one worker's arena may take.
+
+    Attributes:
+        max_bytes: at most so much in memory at a time.
+        reserve_bytes: it does not grow when less than this would remain free in the control group or host.
+    """
+
+    max_bytes: int
+    reserve_bytes: int
+
+
+class Lease(weakref.ref[Any]):
+    """A weak reference to what looks at an extent; ends with it.
+
+    Attributes:
+        extent: the extent's offset in the arena.
+        size: bytes that are looked at.
+        frozen: a process was forked meanwhile that may look as well, for as long as it likes.
+        tokens: our own workers forked meanwhile.
+    """
+
+    __slots__ = ("extent", "frozen", "size", "tokens")
+
+    extent: int
+    size: int
+    frozen: bool
+    tokens: list[ForkToken] | None
+
+
+class _Leases:
+    """The leases of one process on one arena. Leases end in any thread, at any bytecode: that only fills a deque."""
+
+    def __init__(self) -> None:
+        self.ended: deque[Lease] = deque()
+        self.open: dict[int, Lease] = {}  # by id: a weak reference is only as hashable as what it refers to
+        _all_leases.add(self)
+
+    def add(self, target: Any, extent: int, size: int) -> None:
+        lease = Lease(target, self.ended.append)
+        lease.extent, lease.size, lease.frozen, lease.tokens = extent, size, False, None
+        self.open[id(lease)] = lease
+
+    def take_ended(self) -> list[Lease]:
+        taken = []
+        while self.ended:
+            lease = self.ended.popleft()
+            del self.open[id(lease)]
+            taken.append(lease)
+        return taken
+
+
+_all_leases: weakref.WeakSet[_Leases] = weakref.WeakSet()
+
+
+class ForkToken:
+    """Stands for one of our own workers while it may look at what it inherited."""
+
+    __slots__ = ("ended",)
+
+    def __init__(self) -> None:
+        self.ended = False
+
+
+_forking = threading.local()
+
+
+@contextlib.contextmanager
+def own_fork(token: ForkToken) -> Iterator[None]:
+    """A process forked in here by this thread is ``token``'s worker, and looks at nothing after ``token.ended``."""
+    _forking.token = token
+    try:
+        yield
+    finally:
+        _forking.token = None
+
+
+def _mark_leases() -> None:
+    token: ForkToken | None = getattr(_forking, "token", None)
+    for leases in list(_all_leases):
+        for lease in list(leases.open.values()):
+            if lease() is None:
+                continue  # ended before the fork, and not yet taken note of
+            if token is None:
+                lease.frozen = True
+            elif lease.tokens is None:
+                lease.tokens = [token]
+            elif lease.tokens[-1] is not token:
+                lease.tokens.append(token)
+
+
+# Before: what is open may end, and be used again, as soon as the child exists. After: another thread may have received
+# a batch between the first look and the fork.
+os.register_at_fork(before=_mark_leases, after_in_parent=_mark_leases)
+
+
+# --- the worker's side ------------------------------------------------------------------------------------------------
+
+
+class _Extent:
+    """``sent`` counts the buffers in frames that the training process has not released; ``local`` whether a tensor in
+    this process looks at it."""
+
+    __slots__ = ("local", "offset", "sent", "size")
+
+    def __init__(self, offset: int, size: int, *, local: bool) -> None:
+        self.offset = offset
+        self.size = size
+        self.local = local
+        self.sent = 0
+
+
+class Arena:
+    """The worker's side: allocates, fills, and reuses. Used by the worker's main thread only.
+
+    Attributes:
+        trouble: why something went through the socket instead, since the last :meth:`take_trouble`; or "".
+    """
+
+    def __init__(self, limits: ArenaLimits) -> None:
+        self._limits = limits
+        self._refused_until = 0.0
+        self._credit = 0
+        self._unusable = False
+        self.trouble = ""
+        self._fd = -1
+        self._forget()
+
+    def _forget(self) -> None:
+        fd = self.take_descriptor()
+        if fd is not None:
+            os.close(fd)
+        self._mapping: SharedMapping | None = None
+        self._map = ExtentMap(0)
+        self._leases = _Leases()
+        self._extents: dict[int, _Extent] = {}
+        self._batches = 0
+        self._idle = 1 << 62
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """An uninitialised tensor in an extent of its own; None where it is too small for one or there is no memory."""
+        nbytes = dtype.itemsize
+        for length in shape:
+            nbytes *= length
+        if nbytes <= INLINE_BYTES:
+            return None
+        extent = self._allocate(nbytes, local=True)
+        if extent is None or self._mapping is None:
+            return None
+        view = self._mapping.slice(extent.offset, nbytes)
+        self._leases.add(view, extent.offset, nbytes)
+        return torch.frombuffer(view, dtype=dtype).view(shape)
+
+    def place(self, parcel: Parcel) -> Parcel:
+        """The parcel with its buffers in the arena: found there, or copied to it; as they were where there is no
+        memory for that."""
+        self._drain()
+        buffers = [self._place(buffer) if isinstance(buffer, Buffer) else buffer for buffer in parcel.buffers]
+        pickled = parcel.pickled
+        if not isinstance(pickled, Placed) and len(pickled) >= PAYLOAD_BYTES:
+            placed = self._place(Buffer(-1, memoryview(pickled)))
+            if isinstance(placed, Placed):
+                pickled = placed
+        self._give_back_idle()
+        return Parcel(pickled, buffers, parcel.keep)
+
+    def release(self, extents: Iterable[int]) -> None:
+        """The training process has done with these extents, known by their offsets, once each."""
+        for offset in extents:
+            extent = self._extents[offset]
+            extent.sent -= 1
+            self._free_unused(extent)
+
+    def renew(self) -> None:
+        """Begin a new arena with the next batch: too much of this one will never be released."""
+        self._forget()
+
+    def take_descriptor(self) -> int | None:
+        """The descriptor of an arena that the training process has not been sent yet."""
+        fd, self._fd = self._fd, -1
+        return fd if fd >= 0 else None
+
+    def __del__(self) -> None:
+        self._forget()
+
+    def take_trouble(self) -> str:
+        """What has gone wrong since the last call."""
+        trouble, self.trouble = self.trouble, ""
+        return trouble
+
+    def _place(self, buffer: Buffer) -> Buffer | Placed:
+        size = buffer.memory.nbytes
+        if not size:
+            return buffer
+        if buffer.low >= 0 and self._mapping is not None:
+            position = buffer.address - self._mapping.address
+            extent = self._extents.get(position - buffer.low)
+            # Only what a living tensor of this process looks at: another mapping may lie at a forgotten one's address.
+            if extent is not None and extent.local and buffer.low + size <= extent.size:
+                extent.sent += 1
+                return Placed(buffer.low, position, size, extent.offset)
+        extent = self._allocate(size, local=False)
+        if extent is None or self._mapping is None:
+            return buffer
+        self._mapping.write(extent.offset, buffer.memory)
+        extent.sent += 1
+        return Placed(buffer.low, extent.offset, size, extent.offset)
+
+    # --- memory
+
+    def _allocate(self, nbytes: int, *, local: bool) -> _Extent | None:
+        if self._mapping is None and not self._open():
+            return None
+        self._drain()
+        offset = self._map.allocate_warm(nbytes)
+        if offset is None:
+            if not self._may_grow(whole_pages(nbytes)):
+                return None
+            offset = self._map.allocate_cold(nbytes)
+            if offset is None:
+                self.trouble = f"no room for an extent of {nbytes:,} bytes in the arena"
+                return None
+        extent = self._extents[offset] = _Extent(offset, whole_pages(nbytes), local=local)
+        return extent
+
+    def _open(self) -> bool:
+        if self._unusable:
+            return False
+        low, high = _VIRTUAL_BYTES
+        size = min(max(low, _VIRTUAL_FACTOR * self._limits.max_bytes), high)
+        try:
+            self._mapping, self._fd = SharedMapping.create(size)
+        except OSError as error:
+            self._unusable = True
+            self.trouble = str(error)
+            return False
+        self._map = ExtentMap(size)
+        return True
+
+    def _may_grow(self, size: int) -> bool:
+        limit = self._limits.max_bytes
+        if self._map.in_use + size > limit:
+            self.trouble = (
+                f"the arena holds {self._map.in_use:,} bytes that are still looked at, and {size:,} more would exceed "
+                f"its limit of {limit:,}"
+            )
+            return False
+        over = self._map.resident + size - limit
+        if over > 0:
+            self._cool(over)
+        if size > self._credit:
+            now = time.monotonic()
+            if now < self._refused_until:
+                self.trouble = self.trouble or f"too little memory is free for {size:,} bytes more"
+                return False
+            room = host.free_memory_bytes()[0] - self._limits.reserve_bytes
+            if size > room and self._map.warm:
+                self._cool(self._map.warm)
+                room = host.free_memory_bytes()[0] - self._limits.reserve_bytes
+            if size > room:
+                self._refused_until = now + _LOOK_AGAIN_S
+                self.trouble = (
+                    f"{max(0, room):,} bytes are free beyond the reserve of {self._limits.reserve_bytes:,}, "
+                    f"{size:,} are wanted"
+                )
+                return False
+            self._credit = max(size, min(room // 4, _STEP_BYTES))
+        self._credit -= size
+        return True
+
+    def _give_back_idle(self) -> None:
+        self._batches += 1
+        self._idle = min(self._idle, self._map.warm)
+        if self._batches >= _IDLE_BATCHES:
+            if self._idle:
+                self._cool(self._idle)
+            self._batches, self._idle = 0, 1 << 62
+
+    def _cool(self, nbytes: int) -> None:
+        if self._mapping is not None:
+            for span in self._map.cool(nbytes):
+                self._mapping.give_back(*span)
+
+    def _drain(self) -> None:
+        if self._leases.ended:
+            for lease in self._leases.take_ended():
+                if not lease.frozen:
+                    extent = self._extents[lease.extent]
+                    extent.local = False
+                    self._free_unused(extent)
+
+    def _free_unused(self, extent: _Extent) -> None:
+        if not extent.sent and not extent.local:
+            del self._extents[extent.offset]
+            self._map.free(extent.offset)
+
+
+# --- the training process's side --------------------------------------------------------------------------------------
+
+
+class ArenaReader:
+    """The training process's side: leases, and what has been released.
+
+    ``lease`` and ``take_released`` run in the iterating thread; leases end in any thread.
+
+    Attributes:
+        withheld: bytes that are free here and will never be released, because a forked process may be looking at them.
+        retired: the worker was asked for a new arena, and would take what is released for that one's.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._mapping: SharedMapping | None = SharedMapping.receive(fd)
+        self._leases = _Leases()
+        self._waiting: list[Lease] = []
+        self.withheld = 0
+        self.retired = False
+        host.close_in_forked_children(self)
+
+    def lease(self, placed: Placed) -> Any:
+        """The memory of a buffer in the arena: a writable object that counts as released when it is collected.
+
+        Torch keeps the very object it is given, a cheap memoryview; NumPy takes a view of its own of such, but keeps
+        a ctypes array.
+        """
+        assert self._mapping is not None
+        mapping, (low, position, size, extent) = self._mapping, placed
+        view = mapping.slice(position, size) if low >= 0 else mapping.view(position, size)
+        self._leases.add(view, extent, size)
+        return view
+
+    def take_released(self) -> list[int]:
+        """Offsets of extents that nothing looks at any more, once for each time they were sent."""
+        if self.retired:
+            return []
+        if not self._leases.ended and not self._waiting:
+            return []
+        released = []
+        for lease in self._leases.take_ended():
+            if lease.frozen:
+                self.withheld += lease.size
+            elif lease.tokens is None:
+                released.append(lease.extent)
+            else:
+                self._waiting.append(lease)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for lease in waiting:
+                if all(token.ended for token in lease.tokens or ()):
+                    released.append(lease.extent)
+                else:
+                    self._waiting.append(lease)
+        return released
+
+    @property
+    def wasteful(self) -> bool:
+        """Whether so much is withheld that the worker should begin a new arena."""
+        return self.withheld > _WITHHELD_BYTES
+
+    def close(self) -> None:
+        """Let go of the arena; leased memory stays as long as it is leased."""
+        self._mapping = None

@@ -1,0 +1,528 @@
+"""The situations that a loader must survive, as one table: what happens, in which modes, and what must hold then.
+
+A row is a function of a mode and an empty folder. It makes the situation happen, waiting for events and never for
+time, and asserts what must hold exactly. ``test_situations.py`` runs a selection in which every two values of two
+columns meet, ``full.py`` the whole product, again and again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing as mp
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from robustloader import (
+    FaultPolicy,
+    PoolShrunk,
+    RecoveryPolicy,
+    RestartBudgetError,
+    RobustDataLoader,
+    RobustLoaderWarning,
+    ShardEnded,
+    WorkerCrashed,
+    WorkerHung,
+)
+from robustloader.policies import Transport
+from robustloader.testing import Crash, ExhaustMemory, Exit, Hang, InjectedDataset, InjectedStream, Injector, Slow
+from tests.chaos.test_fallback import KillEveryWorker
+from tests.chaos.test_leaving import (
+    test_a_killed_trainer_takes_everything_along,
+    test_ctrl_c,
+    test_sigterm_to_everybody,
+)
+from tests.chaos.test_user_code import user_code
+from tests.faults.test_hostile import Control
+from tests.support.datasets import Big, Made, Numbers, Raising, Stream
+from tests.support.hostile import CONTROL, HOSTILE, Unpicklable, samples_of
+from tests.support.listener import Listener, flat
+from tests.support.peek import await_idle, pids
+from tests.support.watch import kill
+
+METHODS = ("fork", "forkserver", "spawn")
+TRANSPORTS = tuple(name for name in get_args(Transport) if name != "auto")
+KINDS = ("map", "iterable")
+
+QUICK = RecoveryPolicy(backoff_s=0, max_restarts=100)
+SIZE, BATCH_SIZE = 32, 4
+
+
+@dataclass(frozen=True)
+class Mode:
+    """In which way the loader is used; ``child``: the trainer is itself a ``multiprocessing`` child."""
+
+    method: str
+    transport: str
+    kind: str
+    persistent: bool
+    child: bool
+
+    def __str__(self) -> str:
+        flags = [name for name in ("persistent", "child") if getattr(self, name)]
+        return "-".join([self.method, self.transport, self.kind, *flags])
+
+    def loader(self, dataset: Any, listener: Listener | None = None, **kwargs: Any) -> Any:
+        """A loader used in this way."""
+        options = {
+            "batch_size": BATCH_SIZE,
+            "num_workers": 2,
+            "recovery": QUICK,
+            "multiprocessing_context": self.method,
+            "transport": self.transport,
+            "persistent_workers": self.persistent,
+            "telemetry": listener.policy if listener is not None else None,
+            **kwargs,
+        }
+        return RobustDataLoader(dataset, **options)
+
+    def numbers(self, size: int = SIZE) -> Any:
+        """The numbers from 0, as this kind of dataset."""
+        return Numbers(size) if self.kind == "map" else Stream(size)
+
+    def injected(self, injector: Injector, size: int = SIZE) -> Any:
+        """The same, with misbehaving samples."""
+        return (InjectedDataset if self.kind == "map" else InjectedStream)(self.numbers(size), injector)
+
+    def check_exact(self, samples: list[int], size: int = SIZE) -> None:
+        """Each sample once, in the sampler's order, or in that of its share of the stream."""
+        if self.kind == "map":
+            assert samples == list(range(size))
+            return
+        assert sorted(samples) == list(range(size))
+        for share in (samples[0] % 2, 1 - samples[0] % 2):
+            mine = [sample for sample in samples if sample % 2 == share]
+            assert mine == sorted(mine)
+
+
+MODES = tuple(itertools.starmap(Mode, itertools.product(METHODS, TRANSPORTS, KINDS, (False, True), (False, True))))
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A row of the table.
+
+    Attributes:
+        number: of the situation it belongs to.
+        run: makes it happen and asserts.
+        applies: in which modes it means something.
+    """
+
+    number: int
+    name: str
+    run: Callable[[Mode, Path], None]
+    applies: Callable[[Mode], bool]
+
+
+SITUATIONS: list[Situation] = []
+
+Row = Callable[[Mode, Path], None]
+
+
+def situation(number: int, applies: Callable[[Mode], bool] = lambda mode: True) -> Callable[[Row], Row]:
+    """Enter a function in the table."""
+
+    def enter(run: Row) -> Row:
+        SITUATIONS.append(Situation(number, run.__name__, run, applies))
+        return run
+
+    return enter
+
+
+def map_style(mode: Mode) -> bool:
+    return mode.kind == "map"
+
+
+def own_process(mode: Mode) -> bool:
+    """The trainer is a program of its own: how the loader is used is the program's choice but for the start method."""
+    return map_style(mode) and not mode.persistent and not mode.child and mode.transport == TRANSPORTS[0]
+
+
+# --- 1 to 3: deaths at any moment -------------------------------------------------------------------------------------
+
+
+class BigStream(IterableDataset[torch.Tensor]):
+    """Large samples, shared out among the workers."""
+
+    def __init__(self, size: int, nbytes: int) -> None:
+        self.size, self.nbytes = size, nbytes
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        assert info is not None
+        for index in range(info.id, self.size, info.num_workers):
+            yield torch.full((self.nbytes,), index, dtype=torch.uint8)
+
+
+def kill_while_asleep(mode: Mode, nbytes: int) -> None:
+    """Both workers have sent, or are sending, what they could while the trainer slept; each dies there once."""
+    size = 8
+    dataset = (Big if mode.kind == "map" else BigStream)(size, nbytes)
+    iterator = iter(mode.loader(dataset, batch_size=1, prefetch_factor=1))
+    batches = []
+    for worker in range(2):
+        await_idle(iterator, worker, done=1)
+    for pid in pids(iterator):
+        kill(pid, signal.SIGKILL)
+    for batch in iterator:
+        batches.append(batch)
+    mode.check_exact([int(batch[0, 0]) for batch in batches], size)
+    assert all(torch.equal(batch, torch.full((1, nbytes), int(batch[0, 0]), dtype=torch.uint8)) for batch in batches)
+    iterator._shutdown_workers()
+
+
+@situation(1)
+def killed_with_a_tiny_frame_unread(mode: Mode, folder: Path) -> None:
+    """SIGKILL while the trainer sleeps: exact."""
+    kill_while_asleep(mode, 64)
+
+
+@situation(1)
+def killed_with_a_large_frame_half_written(mode: Mode, folder: Path) -> None:
+    """The same with 8 MiB."""
+    kill_while_asleep(mode, 8 << 20)
+
+
+@situation(2)
+def deaths_during_user_code(mode: Mode, folder: Path) -> None:
+    """Nothing is raised there: a stock loader, the user's own SIGCHLD handler and subprocesses go on."""
+    calls: list[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: calls.append(number))
+    try:
+        iterator = iter(mode.loader(mode.numbers()))
+        delivered = [next(iterator)]
+        for pid in pids(iterator):
+            kill(pid, signal.SIGKILL)
+        user_code()
+        assert flat(DataLoader(Numbers(8), batch_size=2, num_workers=1)) == list(range(8))
+        delivered += list(iterator)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert calls
+    mode.check_exact(flat(delivered))
+    iterator._shutdown_workers()
+
+
+@situation(3)
+def finished_batches_and_then_a_death(mode: Mode, folder: Path) -> None:
+    """What had not arrived is loaded once more, and nothing comes twice."""
+    loader = mode.loader(mode.numbers())
+    for _ in range(2 if mode.persistent else 1):
+        iterator = iter(loader)
+        delivered = [next(iterator)]
+        for pid in pids(iterator):
+            kill(pid, signal.SIGKILL)
+        delivered += list(iterator)
+        mode.check_exact(flat(delivered))
+    assert iterator.batch_info.attempts >= 1
+    iterator._shutdown_workers()
+
+
+# --- 4 to 7: samples --------------------------------------------------------------------------------------------------
+
+
+def check_poison(mode: Mode, misbehaviour: Any) -> None:
+    listener, injector = Listener(), Injector({13: misbehaviour})
+    loader = mode.loader(mode.injected(injector), listener)
+    iterator = iter(loader)
+    samples = flat(iterator)
+    iterator._shutdown_workers()
+    assert not injector.seen_in_trainer
+    assert injector.count(13) <= 8, "a bounded number of deaths"
+    assert len(listener.of(WorkerCrashed)) == injector.count(13)
+    if mode.kind == "map":
+        assert len(samples) == SIZE
+        assert [sample for place, sample in enumerate(samples) if place != 13] == [*range(13), *range(14, SIZE)]
+        assert samples[13] != 13
+        assert {record.index for record in loader.fault_log if record.kind == "poison"} == {13}
+        return
+    (ended,) = listener.of(ShardEnded)
+    lost = set(range(SIZE)) - set(samples)
+    assert len(samples) == len(set(samples))
+    assert ended.worker_id == 1
+    assert 13 in lost and all(sample % 2 == 1 and sample >= 9 for sample in lost), lost
+
+
+@situation(4)
+def a_sample_that_segfaults(mode: Mode, folder: Path) -> None:
+    """Quarantined, its neighbours delivered, never run in the training process."""
+    check_poison(mode, Crash())
+
+
+@situation(4)
+def a_sample_that_aborts(mode: Mode, folder: Path) -> None:
+    """The same."""
+    check_poison(mode, Crash(signal=signal.SIGABRT))
+
+
+@situation(4)
+def a_sample_that_exits(mode: Mode, folder: Path) -> None:
+    """The same, with an exit status that looks like success."""
+    check_poison(mode, Exit(code=0))
+
+
+@situation(4)
+def a_sample_that_takes_all_memory(mode: Mode, folder: Path) -> None:
+    """The same."""
+    check_poison(mode, ExhaustMemory(up_to_bytes=32 << 20))
+
+
+class MadeStream(Stream):
+    """Some numbers are what ``makers[number]`` makes."""
+
+    def __init__(self, size: int, makers: dict[int, Callable[[Any], Any]]) -> None:
+        super().__init__(size)
+        self.makers = makers
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            yield self.makers[number](number) if number in self.makers else number
+
+
+@situation(5)
+def a_result_that_cannot_be_pickled(mode: Mode, folder: Path) -> None:
+    """A fault, no hang: everything else is delivered, by the same workers."""
+    listener = Listener()
+    dataset = (Made if mode.kind == "map" else MadeStream)(SIZE, {13: Unpicklable})
+    loader = mode.loader(dataset, listener, collate_fn=list)
+    iterator = iter(loader)
+    samples = [sample for batch in iterator for sample in samples_of(batch)]
+    iterator._shutdown_workers()
+    assert set(samples) == set(range(SIZE)) - {13}
+    (record,) = loader.fault_log
+    assert record.kind == "unpicklable"
+    assert record.index == (13 if mode.kind == "map" else None)
+    assert not listener.of(WorkerCrashed)
+
+
+def check_faults(mode: Mode, errors: dict[int, Callable[[Any], BaseException]]) -> None:
+    listener = Listener()
+    dataset = Raising(2 * SIZE, errors) if mode.kind == "map" else Stream(2 * SIZE, errors=errors)
+    loader = mode.loader(dataset, listener, faults=FaultPolicy(burst=1_000, retry=None))
+    iterator = iter(loader)
+    samples = flat(iterator)
+    iterator._shutdown_workers()
+    assert set(samples) == set(range(2 * SIZE)) - set(errors)
+    assert len(samples) == (2 * SIZE if mode.kind == "map" else 2 * SIZE - len(errors))
+    if mode.kind == "iterable":
+        assert len(loader.fault_log) == len(errors)
+    else:
+        told = {record.index: record.error_type.rpartition(".")[2] for record in loader.fault_log}
+        assert told == {index: type(make(index)).__name__ for index, make in errors.items()}
+    assert not listener.of(WorkerCrashed)
+
+
+class Hostile:
+    """Makes one of the hostile exceptions."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, index: Any) -> BaseException:
+        return HOSTILE[self.name](index)
+
+
+def every_third(makers: list[Callable[[Any], BaseException]]) -> dict[int, Callable[[Any], BaseException]]:
+    return {3 * number + 1: make for number, make in enumerate(makers)}
+
+
+@situation(6)
+def hostile_exceptions(mode: Mode, folder: Path) -> None:
+    """All of them in one epoch: each recorded by its type, and everything else delivered."""
+    check_faults(mode, every_third([Hostile(name) for name in HOSTILE]))
+
+
+@situation(7)
+def exceptions_that_mean_the_end(mode: Mode, folder: Path) -> None:
+    """StopIteration, SystemExit, KeyboardInterrupt and their like never shorten an epoch, nor end the program."""
+    names = [
+        name for name in CONTROL if mode.kind == "map" or name != "StopIteration"
+    ]  # the end of a stream is its own
+    check_faults(mode, every_third([Control(name) for name in names]))
+
+
+# --- 8 to 10: hangs, and workers that cannot be kept ------------------------------------------------------------------
+
+
+@situation(8)
+def stuck_against_slow(mode: Mode, folder: Path) -> None:
+    """Of one blocked in C and one that takes half of the deadline, only the first is killed, with its stack."""
+    listener = Listener()
+    injector = Injector({9: Hang(in_c=True, times=1), 4: Slow(seconds=0.5, times=1)})
+    recovery = RecoveryPolicy(hang_after_s=1.0, backoff_s=0)
+    iterator = iter(mode.loader(mode.injected(injector), listener, recovery=recovery))
+    samples = flat(iterator)
+    iterator._shutdown_workers()
+    mode.check_exact(samples)
+    (hung,) = listener.of(WorkerHung)
+    assert hung.index == (9 if mode.kind == "map" else None)
+    assert "act" in hung.stack
+    assert [crash.cause for crash in listener.of(WorkerCrashed)] == ["hang"]
+
+
+@situation(9)
+def restarts_that_die_at_once(mode: Mode, folder: Path) -> None:
+    """Fewer and fewer workers, a bounded number of processes, and the history in the error."""
+    recovery = RecoveryPolicy(max_restarts=1, backoff_s=0.01, in_process=False)
+    listener = Listener()
+    loader = mode.loader(mode.numbers(), listener, recovery=recovery, worker_init_fn=KillEveryWorker())
+    try:
+        for _ in loader:
+            raise AssertionError("nobody could have loaded this")
+    except RestartBudgetError as error:
+        assert "WorkerCrashed" in str(error)
+        assert error.history
+    else:
+        raise AssertionError("an epoch without batches")
+    assert [event.workers for event in listener.of(PoolShrunk)] == [1]
+    assert 3 <= len(listener.of(WorkerCrashed)) <= 8
+
+
+@situation(10)
+def nobody_left_but_the_training_process(mode: Mode, folder: Path) -> None:
+    """It loads the rest, with everything set that ``num_workers=0`` would refuse."""
+    listener = Listener()
+    loader = mode.loader(
+        mode.numbers(),
+        listener,
+        recovery=RecoveryPolicy(max_restarts=0, backoff_s=0),
+        timeout=60,
+        prefetch_factor=3,
+        worker_init_fn=Nothing(),
+        generator=torch.Generator().manual_seed(3),
+    )
+    iterator = iter(loader)
+    delivered = []
+    for batch in iterator:
+        delivered.append(batch)
+        for pid in pids(iterator):
+            kill(pid, signal.SIGKILL)
+    iterator._shutdown_workers()
+    mode.check_exact(flat(delivered))
+    assert listener.of(PoolShrunk)[-1].workers == 0
+    assert not loader.fault_log
+
+
+class Nothing:
+    """A ``worker_init_fn`` that does nothing."""
+
+    def __call__(self, worker_id: int) -> None:
+        pass
+
+
+# --- 11 to 13: signals, the end, and a parent with threads ------------------------------------------------------------
+
+
+@situation(11, own_process)
+def sigterm_to_the_whole_group(mode: Mode, folder: Path) -> None:
+    """Twenty more batches, saved, and everybody gone."""
+    test_sigterm_to_everybody(mode.method)
+
+
+@situation(11, own_process)
+def ctrl_c(mode: Mode, folder: Path) -> None:
+    """One traceback, and everybody gone."""
+    test_ctrl_c(mode.method)
+
+
+@situation(12, own_process)
+def the_trainer_is_killed(mode: Mode, folder: Path) -> None:
+    """With a worker stuck in C that owns a child, and one in the middle of a frame: all gone."""
+    test_a_killed_trainer_takes_everything_along(mode.method, folder)
+
+
+@situation(12, lambda mode: mode.method == "fork")
+def thirty_deaths_leave_no_descriptor(mode: Mode, folder: Path) -> None:
+    """The trainer has as many descriptors after the last as after the first few."""
+    size = 160
+    iterator = iter(mode.loader(mode.numbers(size)))
+    delivered, counts = [], []
+    for batch in iterator:
+        delivered.append(batch)
+        counts.append(len(os.listdir("/proc/self/fd")))
+        for pid in pids(iterator)[:1]:
+            kill(pid, signal.SIGKILL)
+    iterator._shutdown_workers()
+    mode.check_exact(flat(delivered), size)
+    assert len(counts) == size // BATCH_SIZE
+    assert max(counts[-8:]) <= max(counts[:8])
+
+
+@situation(13)
+def restarts_in_a_threaded_trainer(mode: Mode, folder: Path) -> None:
+    """OpenMP, a logging lock that is always held by somebody, and a second loader that starts meanwhile."""
+    stop, log = threading.Event(), logging.getLogger("chatter")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+
+    def chatter() -> None:
+        while not stop.is_set():
+            log.warning("x")
+
+    others: list[list[int]] = []
+    loaders = [threading.Thread(target=lambda: others.append(flat(mode.loader(Numbers(8), persistent_workers=False))))]
+    threads = [threading.Thread(target=chatter), *loaders]
+    iterator = iter(mode.loader(mode.numbers()))
+    for thread in threads:
+        thread.start()
+    try:
+        delivered = []
+        for number, batch in enumerate(iterator):
+            delivered.append(batch)
+            (torch.ones(128, 128) @ torch.ones(128, 128)).sum()
+            if number in (1, 4):
+                for pid in pids(iterator)[:1]:
+                    kill(pid, signal.SIGKILL)
+        loaders[0].join()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    iterator._shutdown_workers()
+    mode.check_exact(flat(delivered))
+    assert others == [list(range(8))]
+
+
+# --- running a row ----------------------------------------------------------------------------------------------------
+
+PRODUCT = tuple((row, mode) for row in SITUATIONS for mode in MODES if row.applies(mode))
+
+
+def run(row: Situation, mode: Mode, folder: Path) -> None:
+    """Run a row here, or with ``mode.child`` in a ``multiprocessing`` child of this process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RobustLoaderWarning)
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        if not mode.child:
+            row.run(mode, folder)
+            return
+        told = folder / "failure"
+        process = mp.get_context("fork").Process(target=_in_a_child, args=(row.name, mode, folder, told))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, told.read_text() if told.exists() else f"exit code {process.exitcode}"
+
+
+def _in_a_child(name: str, mode: Mode, folder: Path, told: Path) -> None:
+    signal.alarm(0)
+    try:
+        next(row for row in SITUATIONS if row.name == name).run(mode, folder)
+    except BaseException:
+        told.write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def columns(row: Situation, mode: Mode) -> dict[str, Any]:
+    """A row and its mode as plain values."""
+    return {"number": row.number, "situation": row.name, **asdict(mode)}

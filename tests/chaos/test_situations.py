@@ -1,0 +1,70 @@
+"""The table of situations: every two values of two columns meet in some test here; ``make chaos`` runs all of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.situations import METHODS, PRODUCT, TRANSPORTS, Mode, Situation, run
+
+Runs = tuple[tuple[Situation, Mode], ...]
+
+
+def pairs_of(row: Situation, mode: Mode) -> set[Any]:
+    """Every two of the values that a run has in its columns."""
+    values = (row.name, mode.method, mode.transport, mode.kind, mode.persistent, mode.child)
+    return set(itertools.combinations(enumerate(values), 2))
+
+
+def select(table: Runs) -> Runs:
+    """Few runs in which every pair of values meets that meets in the table: always the one with most that is new."""
+    left = {run: pairs_of(*run) for run in table}
+    chosen = []
+    while left:
+        best = max(left, key=lambda run: len(left[run]))
+        covered = left.pop(best)
+        chosen.append(best)
+        left = {run: pairs - covered for run, pairs in left.items() if pairs - covered}
+    return tuple(chosen)
+
+
+SELECTION = select(PRODUCT)
+
+
+@pytest.mark.parametrize(("row", "mode"), SELECTION, ids=[f"{row.number}-{row.name}-{mode}" for row, mode in SELECTION])
+def test_situation(row: Situation, mode: Mode, tmp_path: Path) -> None:
+    """What must hold does."""
+    run(row, mode, tmp_path)
+
+
+def test_the_selection_covers_all_pairs() -> None:
+    """Each pair of values that the whole table has, the selection has."""
+
+    def pairs(table: Runs) -> set[Any]:
+        return {pair for run in table for pair in pairs_of(*run)}
+
+    assert pairs(SELECTION) == pairs(PRODUCT)
+    assert len(SELECTION) < len(PRODUCT) / 4
+    assert set(SELECTION) <= set(PRODUCT)
+
+
+def test_every_situation_is_there() -> None:
+    """The numbers from 1 to 13, under each start method."""
+    for method in METHODS:
+        assert {row.number for row, mode in PRODUCT if mode.method == method} == set(range(1, 14))
+
+
+def fails(mode: Mode, folder: Path) -> None:
+    raise AssertionError("as it must")
+
+
+@pytest.mark.parametrize("child", [False, True])
+def test_a_row_can_fail(child: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a child, whose words are heard."""
+    row = Situation(0, "fails", fails, lambda mode: True)
+    monkeypatch.setattr("tests.chaos.situations.SITUATIONS", [row])
+    with pytest.raises(AssertionError, match="as it must"):
+        run(row, Mode("fork", TRANSPORTS[0], "map", False, child), tmp_path)

@@ -1,0 +1,354 @@
+"""Kill workers at random moments for as long as asked, over random configurations, and look for anything wrong.
+
+Question: does a run of days lose, double or reorder a sample, convict a healthy one, or leak?
+Method: cases are drawn from a seed: kind of dataset, start method, workers, prefetch, order, seeding, transport, sizes
+from bytes to megabytes, persistent workers over epochs, fixed pools and pools that shrink to nothing. A thread kills
+workers at seeded intervals. Each batch is checked whole, byte by byte; after each case, processes, descriptors, threads
+and ``/dev/shm`` are what they were; over all cases the trainer's own memory must not grow. With ``--convict``: two long
+runs, of 10 ms and of 200 ms a sample, with a kill a second; no sample may be blamed in the end.
+Trap: which instruction a kill hits is the machine's timing, so a seed repeats the cases and not the moments.
+Rerun: ``python -m tests.soak --seconds 1800 --seed 7 -o RESULT.json``; exit status 1 when anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import logging
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import psutil
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from benchmarks.machine import describe
+from robustloader import RecoveryPolicy, RobustDataLoader, ShardEnded, TelemetryPolicy, WorkerCrashed
+from robustloader.policies import Transport
+from robustloader.testing import WorkerKiller, no_leaks
+from tests.support.results import write_json
+
+TRANSPORTS = tuple(name for name in get_args(Transport) if name != "auto")
+STUCK_S = 120.0
+KILLS_S = 5.0
+"""An epoch is spared from then on: one of large batches might else never end."""
+
+GROWTH_BYTES = 64 << 20
+"""How much more memory of its own the trainer may have late in the run than early on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration."""
+
+    kind: str
+    method: str
+    transport: str
+    workers: int
+    prefetch: int
+    in_order: bool
+    seeding: str
+    batch_size: int
+    payload_bytes: int
+    batches: int
+    epochs: int
+    persistent: bool
+    shrinks: bool
+    kill_every_s: float
+    seed: int
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Case:
+        """Any of them."""
+        method = rng.choices(["fork", "forkserver", "spawn"], [0.9, 0.06, 0.04])[0]
+        batch_size = rng.choice([1, 2, 4, 16])
+        batch_bytes = rng.choice([8, 1 << 10, 1 << 15, 1 << 18, 1 << 21, 1 << 23])
+        kind = rng.choice(["map", "map", "iterable"])
+        slow_start, large = method != "fork", batch_bytes > 1 << 20
+        kill_every_s = rng.choice([0.12, 0.25] if large else [0.03, 0.06, 0.12, 0.25])
+        return cls(
+            kind=kind,
+            method=method,
+            transport=rng.choice(TRANSPORTS),
+            workers=rng.randint(1, 2 if slow_start else 4),
+            prefetch=rng.randint(1, 4),
+            in_order=rng.random() < 0.7,
+            seeding=rng.choice(["worker", "batch"]),
+            batch_size=batch_size,
+            payload_bytes=max(8, batch_bytes // batch_size),
+            batches=rng.randint(20, 60) if slow_start or large else rng.randint(60, 400),
+            epochs=rng.choice([1, 1, 2, 3]),
+            persistent=rng.random() < 0.5,
+            shrinks=rng.random() < 0.15,
+            kill_every_s=rng.uniform(1.0, 3.0) if slow_start else kill_every_s,
+            seed=rng.getrandbits(32),
+        )
+
+    @property
+    def recovery(self) -> RecoveryPolicy:
+        """Enough credit for every kill, or so little that the pool shrinks, at last to nothing."""
+        if self.shrinks:
+            return RecoveryPolicy(backoff_s=0.01, max_backoff_s=0.1, max_restarts=4)
+        return RecoveryPolicy(backoff_s=0.01, max_backoff_s=0.1, max_restarts=1_000_000)
+
+
+def payload_of(index: int, nbytes: int) -> torch.Tensor:
+    """The content of a sample; its first eight bytes are the index."""
+    content = torch.full((nbytes // 8,), index * 0x9E3779B1, dtype=torch.int64)
+    content[0] = index
+    return content
+
+
+class Samples(Dataset[torch.Tensor]):
+    """Map-style; each sample takes ``seconds``."""
+
+    def __init__(self, size: int, nbytes: int, seconds: float = 0.0) -> None:
+        self.size, self.nbytes, self.seconds = size, nbytes, seconds
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.seconds:
+            time.sleep(self.seconds)
+        return payload_of(index, self.nbytes)
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """Iterable, shared out among the workers by stride."""
+
+    def __init__(self, size: int, nbytes: int) -> None:
+        self.size, self.nbytes = size, nbytes
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info is not None else (0, 1)
+        for index in range(first, self.size, step):
+            yield payload_of(index, self.nbytes)
+
+
+class Witness:
+    """A sink that counts what kills led to."""
+
+    def __init__(self) -> None:
+        self.crashes = 0
+        self.ended_shards = 0
+        self.phases: Counter[str] = Counter()
+
+    def receive(self, event: Any) -> None:
+        if isinstance(event, WorkerCrashed):
+            self.crashes += 1
+            self.phases[event.phase] += 1
+        self.ended_shards += isinstance(event, ShardEnded)
+
+
+class Totals:
+    """What a soak has seen so far."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
+        self.own_bytes: list[int] = []
+        self.failures: list[dict[str, Any]] = []
+
+    def problem(self, case: Any, what: str) -> None:
+        """Note what was wrong."""
+        print(f"PROBLEM: {what} in {case}", flush=True)
+        self.failures.append({"case": asdict(case) if isinstance(case, Case) else case, "problem": what})
+
+
+def check_batch(batch: torch.Tensor, nbytes: int) -> list[int]:
+    """The indices in a batch, every byte of which must be right."""
+    indices = batch[:, 0].tolist()
+    wanted = torch.stack([payload_of(index, nbytes) for index in indices])
+    assert torch.equal(batch, wanted), f"the content of samples {indices} is damaged"
+    return indices
+
+
+def check_epoch(case: Case, delivered: list[list[int]], numbers: list[int]) -> None:
+    """Nothing lost, nothing doubled, and in order where order was asked for."""
+    size = case.batches * case.batch_size
+    counts = Counter(index for batch in delivered for index in batch)
+    assert not [index for index, count in counts.items() if count > 1], "samples were delivered twice"
+    assert len(counts) == size, f"{size - len(counts)} of {size} samples were lost"
+    if case.kind == "map":
+        for number, batch in zip(numbers, delivered, strict=True):
+            first = number * case.batch_size
+            assert batch == list(range(first, first + case.batch_size)), f"batch {number} holds {batch}"
+        assert not case.in_order or numbers == list(range(case.batches)), "batches came out of order"
+        return
+    if case.in_order or case.workers == 1:
+        for share in range(case.workers):
+            mine = [index for batch in delivered for index in batch if index % case.workers == share]
+            assert mine == sorted(mine), f"share {share} came out of order"
+
+
+def run_case(case: Case, totals: Totals) -> None:
+    """One loader, some epochs of it, and kills all the time."""
+    size = case.batches * case.batch_size
+    witness = Witness()
+    dataset: Any = (Samples if case.kind == "map" else Stream)(size, case.payload_bytes)
+    loader: Any = RobustDataLoader(
+        dataset,
+        batch_size=case.batch_size,
+        num_workers=case.workers,
+        prefetch_factor=case.prefetch,
+        persistent_workers=case.persistent,
+        multiprocessing_context=case.method,
+        in_order=case.in_order,
+        recovery=case.recovery,
+        memory=None,
+        telemetry=TelemetryPolicy(sinks=(witness,), log_epochs=False),
+        seeding=case.seeding,  # type: ignore[arg-type]
+        transport=case.transport,  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(case.seed),
+    )
+    iterator: Any = None
+    try:
+        for epoch in range(case.epochs):
+            faulthandler.dump_traceback_later(STUCK_S, exit=True)
+            iterator = iter(loader)
+            delivered, numbers = [], []
+            with WorkerKiller(iterator, seed=case.seed + epoch, every_s=case.kill_every_s) as killer:
+                peace = time.monotonic() + KILLS_S
+                for batch in iterator:
+                    if time.monotonic() > peace:
+                        killer.stop()
+                    delivered.append(check_batch(batch, case.payload_bytes))
+                    numbers.append(iterator.batch_info.index)
+            totals.counts["kills"] += killer.kills
+            totals.counts["batches"] += len(delivered)
+            totals.counts["samples"] += sum(map(len, delivered))
+            check_epoch(case, delivered, numbers)
+            assert not loader.fault_log, f"healthy samples were blamed: {list(loader.fault_log)}"
+            assert not witness.ended_shards
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        totals.counts["deaths"] += witness.crashes
+        totals.phases.update(witness.phases)
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+def own_bytes() -> int:
+    """Memory that belongs to this process alone."""
+    gc.collect()
+    uss: int = psutil.Process().memory_full_info().uss
+    return uss
+
+
+def soak(seconds: float, seed: int, totals: Totals) -> None:
+    """Case after case until the time is over."""
+    rng = random.Random(seed)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        case = Case.draw(rng)
+        try:
+            with no_leaks():
+                run_case(case, totals)
+        except Exception as error:
+            totals.problem(case, f"{type(error).__name__}: {error}")
+        totals.counts["cases"] += 1
+        totals.counts[f"cases: {case.kind}, {case.method}, {case.transport}"] += 1
+        totals.own_bytes.append(own_bytes())
+    growth = growth_bytes(totals.own_bytes)
+    if growth > GROWTH_BYTES:
+        totals.problem("all cases", f"the trainer's own memory grew by {growth >> 20} MiB")
+
+
+def growth_bytes(readings: list[int]) -> int:
+    """From the median of the second quarter (the first one warms up) to that of the last."""
+    quarter = len(readings) // 4
+    if quarter < 3:
+        return 0
+    return int(statistics.median(readings[-quarter:]) - statistics.median(readings[quarter : 2 * quarter]))
+
+
+def convict(seconds: float, seed: int, totals: Totals) -> None:
+    """A kill a second for ``seconds``, half of them on short samples, half on long ones."""
+    for load_s in (0.010, 0.200):
+        name = f"{1000 * load_s:.0f} ms a sample"
+        witness = Witness()
+        loader: Any = RobustDataLoader(
+            Samples(10_000_000, 64, load_s),
+            batch_size=4,
+            num_workers=2,
+            recovery=RecoveryPolicy(max_restarts=1_000_000),
+            memory=None,
+            telemetry=TelemetryPolicy(sinks=(witness,), log_epochs=False),
+        )
+        iterator: Any = iter(loader)
+        deadline = time.monotonic() + seconds / 2
+        wanted = 0
+        try:
+            with WorkerKiller(iterator, seed=seed, every_s=1.0) as killer:
+                while time.monotonic() < deadline:
+                    faulthandler.dump_traceback_later(STUCK_S, exit=True)
+                    for index in check_batch(next(iterator), 64):
+                        assert index == wanted, f"sample {index} came instead of {wanted}"
+                        wanted += 1
+        except Exception as error:
+            totals.problem(name, f"{type(error).__name__}: {error}")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            iterator._shutdown_workers()
+        totals.counts["kills"] += killer.kills
+        totals.counts["deaths"] += witness.crashes
+        totals.counts["samples"] += wanted
+        totals.counts[f"kills: {name}"] += killer.kills
+        totals.counts[f"samples: {name}"] += wanted
+        totals.phases.update(witness.phases)
+        if len(loader.fault_log):
+            totals.problem(name, f"healthy samples were blamed: {list(loader.fault_log)}")
+
+
+def result_of(options: argparse.Namespace, totals: Totals, wall_s: float) -> dict[str, Any]:
+    """Everything, for a file."""
+    readings = totals.own_bytes
+    return {
+        "what": "convict" if options.convict else "soak",
+        **describe(),
+        "seconds": round(wall_s, 1),
+        "seed": options.seed,
+        "counts": dict(sorted(totals.counts.items())),
+        "phase_at_death": dict(sorted(totals.phases.items())),
+        "own_bytes": {"first": readings[0], "last": readings[-1], "growth": growth_bytes(readings)} if readings else {},
+        "problems": totals.failures,
+        "ok": not totals.failures,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print, write; the exit status says whether all was well."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long, in seconds")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--convict", action="store_true", help="long runs of slow samples, a kill a second")
+    parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
+    options = parser.parse_args(argv)
+    totals = Totals()
+    logging.getLogger("robustloader").setLevel(logging.ERROR)  # every pool that shrinks, as it must
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        (convict if options.convict else soak)(options.seconds, options.seed, totals)
+    result = result_of(options, totals, time.monotonic() - began)
+    for name, count in result["counts"].items():
+        print(f"{name:40} {count:>12,}")
+    print(f"{'problems':40} {len(totals.failures):>12,}")
+    if options.output is not None:
+        write_json(options.output, result)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""The real iterator over simulated workers: whatever happens to them, in whatever order, each batch comes exactly once.
+
+A plain model beside it keeps only what was promised: which batch is next, how many deaths there were and with which
+sample in hand. hypothesis looks for a history that breaks a promise, and shortens it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import robustloader.engine.iterator as engine
+from robustloader import RecoveryPolicy, RestartBudgetError, RobustDataLoader, WorkerCrashed
+from robustloader.system import host
+from robustloader.transport.messages import Trial
+from robustloader.worker.beacon import Reading
+from tests.support.listener import Listener
+from tests.support.simulation import IDLE, SimPool, SimWorker
+
+BATCHES, BATCH_SIZE = 10, 2
+SAMPLES = BATCHES * BATCH_SIZE
+
+DEATHS = {"killed": -signal.SIGKILL, "crash": -signal.SIGSEGV, "exit": 3, "memory": -signal.SIGKILL, "hang": -9}
+LETHAL_HERE = {"crash", "exit", "memory", "hang"}
+"""What would take the training process along, so that it may not load in the workers' place."""
+
+
+class Histories(RuleBasedStateMachine):
+    """Tasks are dispatched, arrive and are delivered, while workers die, hang, come back late or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel_kills = 0
+        self.patches = [
+            mock.patch.object(engine, "Pool", SimPool),
+            mock.patch.object(host, "memory_kills", self.memory_kills),
+        ]
+        for patch in self.patches:
+            patch.start()
+        self.listener = Listener()
+        self.over = False
+        self.delivered: list[int] = []
+        self.deaths: Counter[str] = Counter()
+        self.in_hand: Counter[int] = Counter()
+        self.task_deaths = 0
+
+    @initialize(
+        workers=st.integers(1, 3),
+        prefetch=st.integers(1, 3),
+        in_order=st.booleans(),
+        seeding=st.sampled_from(["worker", "batch"]),
+        max_restarts=st.sampled_from([0, 1, 3, 100, 100]),
+        haunted=st.integers(0, 5),
+        min_workers=st.integers(1, 2),
+        in_process=st.booleans(),
+    )
+    def begin(self, workers: int, prefetch: int, in_order: bool, seeding: Any, haunted: int, **recovery: Any) -> None:
+        self.workers, self.prefetch, self.in_order, self.haunted = workers, prefetch, in_order, haunted
+        self.policy = RecoveryPolicy(backoff_s=0, stall_report_s=None, start_timeout_s=None, **recovery)
+        self.loader = RobustDataLoader(
+            range(SAMPLES),  # type: ignore[arg-type]
+            batch_size=BATCH_SIZE,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            in_order=in_order,
+            seeding=seeding,
+            persistent_workers=True,
+            collate_fn=list,
+            recovery=self.policy,
+            memory=None,
+            telemetry=self.listener.policy,
+            generator=torch.Generator().manual_seed(0),  # spares follow from it, and a history must repeat
+        )
+        self.iterator: Any = iter(self.loader)
+
+    def memory_kills(self) -> int:
+        return self.kernel_kills
+
+    @property
+    def pool(self) -> SimPool:
+        pool: SimPool = self.iterator._pool
+        return pool
+
+    def settle(self) -> None:
+        if not self.iterator._recovery.local and not self.iterator.closed:
+            self.iterator._turn(0.0)
+
+    # --- what happens
+
+    @precondition(lambda self: not self.over and self.pool.workers)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        """A worker says that it is ready, sends a batch, or survives a trial."""
+        self.pool.work(data.draw(st.sampled_from(self.pool.workers)))
+        self.settle()
+
+    @precondition(lambda self: not self.over and self.pool.workers)
+    @rule(
+        data=st.data(),
+        how=st.sampled_from([*DEATHS]),
+        phase=st.sampled_from(["idle", "item", "item", "items", "collate"]),
+        place=st.integers(0, BATCH_SIZE - 1),
+    )
+    def die(self, data: st.DataObject, how: str, phase: Any, place: int) -> None:
+        """A worker dies, idle or with something in hand."""
+        worker: SimWorker = data.draw(st.sampled_from(self.pool.workers))
+        if worker.dismissed:
+            self.pool.die(worker, 0, IDLE)
+            self.settle()
+            return
+        self.end(worker, how, self.at_work(worker, phase, place))
+
+    @precondition(lambda self: not self.over and any(map(self.meets_the_haunted, self.pool.workers)))
+    @rule(how=st.sampled_from(["killed", "crash", "hang"]))
+    def haunt(self, how: str) -> None:
+        """Whoever loads one certain sample dies of it."""
+        worker = next(filter(self.meets_the_haunted, self.pool.workers))
+        order = worker.order
+        place = 0 if isinstance(order, Trial) else order.indices.index(self.haunted)
+        self.end(worker, how, self.at_work(worker, "item", place))
+
+    def meets_the_haunted(self, worker: SimWorker) -> bool:
+        order = worker.order
+        if isinstance(order, Trial):
+            return bool(order.index == self.haunted)
+        return order is not None and self.haunted in order.indices and not worker.dismissed
+
+    def end(self, worker: SimWorker, how: str, reading: Reading) -> None:
+        self.kernel_kills += how == "memory"
+        worker.killed_for = "hang" if how == "hang" else ""
+        self.deaths[how] += 1
+        self.pool.die(worker, DEATHS[how], reading)
+        self.settle()
+
+    def at_work(self, worker: SimWorker, phase: Any, place: int) -> Reading:
+        order = worker.order
+        if order is None or phase == "idle":
+            if isinstance(order, Trial) and self.iterator._books.closing:
+                self.in_hand[order.index] += 1
+            return IDLE
+        if isinstance(order, Trial):
+            self.in_hand[order.index] += 1
+            return Reading("item", order.run, order.task, order.position, 1, 0, 0)
+        if phase != "item" or place in order.avoid:
+            self.task_deaths += 1
+            return Reading("collate" if phase == "item" else phase, order.run, order.task, None, 2, 0, 0)
+        self.in_hand[order.indices[place]] += 1
+        return Reading("item", order.run, order.task, place, 1, 0, 0)
+
+    @precondition(lambda self: not self.over and self.pool.starting)
+    @rule(data=st.data())
+    def come_up(self, data: st.DataObject) -> None:
+        """A dead worker's successor is there, and says so."""
+        worker = data.draw(st.sampled_from(self.pool.starting))
+        self.pool.come_up(worker)
+        self.settle()
+        if worker in self.pool.workers:
+            self.pool.work(worker)
+            self.settle()
+
+    @precondition(lambda self: not self.over and self.pool.starting)
+    @rule()
+    def stay_down(self) -> None:
+        """It cannot be started."""
+        self.deaths["start"] += 1
+        self.pool.come_up(self.pool.starting[0], fails=True)
+        self.settle()
+
+    @precondition(lambda self: not self.over and self.pool.frames)
+    @rule(data=st.data())
+    def hear_again(self, data: st.DataObject) -> None:
+        """A frame comes for the second time, or after its sender's death, or of an epoch that was abandoned."""
+        worker, frame = data.draw(st.sampled_from(self.pool.frames[:-4:-1]))
+        before = self.iterator._books.ledger.ready
+        self.pool.repeat(worker, frame)
+        self.settle()
+        assert self.iterator._books.ledger.ready == before, "a late or doubled frame was taken for a result"
+
+    @precondition(lambda self: not self.over)
+    @rule()
+    def take(self) -> None:
+        """The trainer takes a batch, where it would not have to wait."""
+        if self.iterator._recovery.local or self.iterator._books.ledger.deliverable() or self.iterator._books.error:
+            self.next()
+
+    @precondition(lambda self: not self.over)
+    @rule(rounds=st.integers(1, 6))
+    def go_on(self, rounds: int) -> None:
+        """For a while nothing happens but work."""
+        for _ in range(rounds):
+            for worker in list(self.pool.starting):
+                self.pool.come_up(worker)
+                self.settle()
+            for worker in list(self.pool.workers):
+                if not worker.dismissed and not self.meets_the_haunted(worker):
+                    self.pool.work(worker)
+                    self.settle()
+
+    @precondition(lambda self: not self.over and len(self.delivered) % 3 == 2)
+    @rule()
+    def start_over(self) -> None:
+        """The trainer leaves its loop and begins another epoch with the same workers."""
+        try:
+            again = iter(self.loader)
+        except RestartBudgetError as error:
+            self.ends(error)
+            return
+        if again is not self.iterator:  # the last one had been closed
+            self.deaths.clear()
+            self.iterator = again
+        self.delivered.clear()
+
+    @precondition(lambda self: self.over)
+    @rule()
+    def ask_again(self) -> None:
+        """Who asks on after the end gets the same answer."""
+        with pytest.raises(RestartBudgetError):
+            next(self.iterator)
+
+    def next(self) -> bool:
+        try:
+            batch = next(self.iterator)
+        except StopIteration:
+            assert sorted(self.delivered) == list(range(BATCHES)), "the epoch ended before its last batch"
+            return False
+        except RestartBudgetError as error:
+            self.ends(error)
+            return False
+        info = self.iterator.batch_info
+        assert info.index not in self.delivered, f"batch {info.index} came twice"
+        assert not self.in_order or info.index == len(self.delivered), "out of order"
+        self.delivered.append(info.index)
+        wanted = [BATCH_SIZE * info.index + place for place in range(BATCH_SIZE)]
+        assert len(batch) == BATCH_SIZE
+        for place, (sample, want) in enumerate(zip(batch, wanted, strict=True)):
+            assert sample == want or info.replaced[place] == (want, sample), "a sample was changed without a word"
+        return True
+
+    def ends(self, error: RestartBudgetError) -> None:
+        """Giving up is allowed where nobody is left and the training process may not load, and not before."""
+        self.over = True
+        lethal = any(self.deaths[how] for how in LETHAL_HERE)
+        assert not self.policy.in_process or lethal, "it gave up, although the training process could have loaded"
+        assert sum(self.deaths.values()) > min(self.policy.max_restarts, 1)
+        assert error.history
+
+    # --- what always holds
+
+    @invariant()
+    def no_more_is_outstanding_than_allowed(self) -> None:
+        if not self.over and not self.iterator.closed:
+            ahead = self.iterator._put_ahead
+            assert len(self.iterator._books.ledger) <= self.prefetch * self.workers + ahead
+
+    @invariant()
+    def each_task_is_in_one_place(self) -> None:
+        """With a worker that lives or waits to be heard, in one queue, before a trial, or arrived."""
+        if self.over or self.iterator.closed or self.iterator._books.error is not None:
+            return
+        books, crew = self.iterator._books, self.iterator._crew
+        held = Counter(task.id for queue in (books.queue, books.parked) for task in queue)
+        for slot in crew.slots:
+            cases = [*slot.trials, *([slot.trial] if slot.trial else [])]
+            held.update(task.id for case in cases for task in case.waiting)
+            if slot.worker is not None:
+                incarnation = slot.worker.incarnation
+                held.update(
+                    task.id
+                    for task in books.ledger
+                    if (task.worker_id, task.incarnation) == (slot.worker_id, incarnation) and not task.arrived
+                )
+        held.update(task.id for task in books.ledger if task.arrived)
+        assert held == Counter(task.id for task in books.ledger)
+
+    @invariant()
+    def budgets_and_pool_keep_their_bounds(self) -> None:
+        if self.over:
+            return
+        crew = self.iterator._crew
+        assert 0 <= crew.budget.credit <= self.policy.max_restarts
+        assert 0 <= crew.size <= self.workers
+        assert crew.size == 0 or crew.size >= min(self.policy.min_workers, self.workers)
+        assert self.iterator._recovery.local or crew.processes <= self.workers
+        assert len(self.pool.workers) + len(self.pool.starting) <= 2 * self.workers + 1
+
+    @invariant()
+    def only_the_proved_are_convicted(self) -> None:
+        """A conviction needs ``poison_after`` deaths with the sample in hand and one more, alone."""
+        for record in self.loader.fault_log if hasattr(self, "loader") else ():
+            if record.index is None:
+                assert self.task_deaths > self.policy.poison_after
+            elif record.kind in ("poison", "hang"):
+                assert self.in_hand[record.index] > self.policy.poison_after
+
+    @invariant()
+    def every_death_is_told_once(self) -> None:
+        told = len(self.listener.of(WorkerCrashed))
+        assert told <= sum(self.deaths.values()) or self.over or not hasattr(self, "loader")
+
+    def teardown(self) -> None:
+        """However it went: if nothing more happens, the epoch is delivered to its end."""
+        try:
+            if hasattr(self, "loader") and not self.over:
+                self.pool.drains = True
+                while self.next():
+                    pass
+        finally:
+            if hasattr(self, "loader"):
+                self.iterator.close()
+            for patch in self.patches:
+                patch.stop()
+
+
+Histories.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+class TestHistories(Histories.TestCase):  # type: ignore[misc,name-defined]
+    """Hundreds of histories."""
+
+    @pytest.fixture(autouse=True)
+    def quiet(self) -> Iterator[None]:
+        """The log would hold every shrunk pool of every history."""
+        logging.getLogger("robustloader").addFilter(_nothing)
+        yield
+        logging.getLogger("robustloader").removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("how", ["crash", "killed"])
+def test_a_death_before_the_trial_begins_proves_nothing(how: str) -> None:
+    """The suspect has been sent to be tried, and the worker dies before it has looked at it."""
+    history = Histories()
+    history.begin(
+        workers=1,
+        prefetch=1,
+        in_order=True,
+        seeding="worker",
+        max_restarts=100,
+        min_workers=1,
+        haunted=0,
+        in_process=True,
+    )
+
+    def come_up() -> None:
+        history.settle()
+        if history.pool.starting:
+            history.pool.come_up(history.pool.starting[0])
+            history.settle()
+        history.pool.work(history.pool.workers[0])
+        history.settle()
+
+    try:
+        for _ in range(2):
+            come_up()
+            history.haunt(how="killed")
+        for _ in range(6):
+            come_up()
+            assert isinstance(history.pool.workers[0].order, Trial)
+            history.end(history.pool.workers[0], how, IDLE)
+        assert not history.loader.fault_log
+    finally:
+        history.teardown()
+    assert not history.loader.fault_log
+    assert history.delivered == list(range(BATCHES))
