@@ -98,7 +98,7 @@ def test_delivered_counts_a_prefix_and_the_rest(order: list[int], count: int) ->
     assert delivered.count not in delivered.ahead
 
 
-@given(st.integers(1, 20), st.integers(1, 400), st.integers(0, 1 << 63))
+@given(st.integers(1, 20), st.integers(1, 2500), st.integers(0, 1 << 63))
 def test_passing_over_is_observing(size: int, tasks: int, seed: int) -> None:
     """The walk leaves the spares as reading every task would have."""
     one, other = SpareReservoir(seed=seed, epoch=2), SpareReservoir(seed=seed, epoch=2)
