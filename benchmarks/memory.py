@@ -3,9 +3,12 @@
 Question: how much memory does an epoch take, training process and workers together?
 Method: every loader runs in a process of its own, in turn; this process reads ``Pss`` (shared pages are divided among
     those who map them, so the sum over the tree counts each page once) of that process and its descendants from
-    ``/proc/PID/smaps_rollup`` every few milliseconds and keeps the largest sum.
-Trap: pages that nobody maps at the moment, as torch's shared files are on their way between two processes, are not
-    seen: the figure flatters loaders that send descriptors. A peak shorter than the sampling period may be missed.
+    ``/proc/PID/smaps_rollup`` every few milliseconds, adds the shared memory that none of them maps, and keeps the
+    largest sum.
+Trap: shared memory on its way between two processes, as torch's is while its descriptor travels, is in nobody's Pss; so
+    shared memory is not taken from there but from the machine's own count (``Shmem`` in ``/proc/meminfo``, as it has
+    grown since the start), which is right only while nothing else on the machine uses any. A peak shorter than the
+    sampling period may be missed.
 Rerun: ``python -m benchmarks --only memory``
 """
 
@@ -47,25 +50,34 @@ def peak_of(contender: str, workload: str, *, batches: int, transport: str) -> P
         if child.stdout.readline() != "ready\n":
             return f"the process ended with status {child.wait()}"
         root = psutil.Process(child.pid)
-        before = peak = tree_pss(root)
+        others = shared_memory()
+        before = peak = tree_memory(root, others)
         child.stdin.write("go\n")
         child.stdin.flush()
         while child.poll() is None:
-            peak = max(peak, tree_pss(root))
+            peak = max(peak, tree_memory(root, others))
             time.sleep(PERIOD_S)
         if child.returncode:
             return f"the process ended with status {child.returncode}"
     return Peak(before / 1e6, peak / 1e6)
 
 
-def tree_pss(root: psutil.Process) -> int:
-    """Bytes of a process and all its descendants."""
-    total = 0
+def shared_memory() -> int:
+    """Bytes of shared memory on this machine, mapped or not."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Shmem:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def tree_memory(root: psutil.Process, others: int) -> int:
+    """Bytes of a process and all its descendants, on a machine where others hold ``others`` bytes of shared memory."""
+    total = max(0, shared_memory() - others)
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in (root, *root.children(recursive=True)):
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
+                    if line.startswith(("Pss_Anon:", "Pss_File:")):
                         total += int(line.split()[1]) * 1024
     return total
 

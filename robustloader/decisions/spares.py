@@ -139,6 +139,12 @@ class SpareReservoir:
         if not rows:
             return ()
         state = _mix(self._key ^ task ^ (round << 48))
+        if len(rows) >= count > 0:  # one of each row, a stride apart: as good as any other choice, and quickly made
+            size, column = len(rows), state >> 48
+            start, stride = state % size, 1 + (state >> 24) % (size // count)
+            places = range(start, start + count * stride, stride)
+            picked = [rows[place % size] for place in places]
+            return tuple(row[(column + step) % len(row)] for step, row in enumerate(picked))
         taken: dict[tuple[int, int], None] = {}
         most = sum(map(len, rows)) if len(rows) < count else count
         for _ in range(min(count, most)):

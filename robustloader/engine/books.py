@@ -103,8 +103,8 @@ class Books:
 
     def avoid_known(self, task: Task) -> None:
         """Provide for what must not be fetched, and for what may turn out bad."""
-        known = positions_of(task.samples, self.desk.known_bad) if self.desk.known_bad else ()
-        task.avoid = tuple(sorted({*task.avoid, *known}))
+        if self.desk.known_bad:
+            task.avoid = tuple(sorted({*task.avoid, *positions_of(task.samples, self.desk.known_bad)}))
         task.spares = spares_for(self.spares, self.desk, task.id, len(task.avoid), task.rounds)
 
     def requeue(self, task: Task) -> None:

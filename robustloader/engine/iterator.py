@@ -648,18 +648,19 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif isinstance(message, Exhausted):
             self._on_exhausted(slot)
         self._recovery.check_suspects()
-        self._options.desk.take(
-            report,
-            books.recording,
-            task=task.id,
-            worker_id=worker.worker_id,
-            pid=worker.pid,
-            batches=slot.batches,
-        )
+        if report is not None:
+            self._options.desk.take(
+                report,
+                books.recording,
+                task=task.id,
+                worker_id=worker.worker_id,
+                pid=worker.pid,
+                batches=slot.batches,
+            )
 
     def _on_fetched(self, task: Task, slot: Slot, worker: Worker, message: Fetched, frame: Frame) -> None:
         try:
-            batch = frame.batch()
+            batch, nbytes = frame.batch(), frame.nbytes
         except Exception as error:  # a user's __setstate__
             self._on_undecodable(task, slot, worker, error)
             return
@@ -674,7 +675,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         result = Result(
             batch=batch,
             samples=message.samples,
-            nbytes=frame.nbytes,
+            nbytes=nbytes,
             load_ns=message.load_ns,
             worker_id=worker.worker_id,
             report=message.report,
@@ -687,7 +688,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._books.arrive(task, result)
         if message.held_bytes:
             self._on_heavy(slot, worker, message.held_bytes)
-        self._on_size_known(frame.nbytes)
+        self._on_size_known(nbytes)
 
     def _on_undecodable(self, task: Task, slot: Slot, worker: Worker, error: Exception) -> None:
         """A batch arrived that cannot be unpickled here: find the sample, or do without the whole batch."""

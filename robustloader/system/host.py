@@ -35,6 +35,18 @@ __all__ = [
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+def yield_to_others() -> None:
+    """Tell the scheduler that waking this process is no reason to interrupt another one.
+
+    A worker that is sent a task would otherwise push the training process off its processor there and then, in the
+    middle of handing out a batch, while another processor may be idle.
+    *Source*: sched(7), SCHED_BATCH.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def prefer_to_be_killed() -> None:
     """Tell the kernel to take this process before the training process when memory runs out."""
     with contextlib.suppress(OSError, ValueError):

@@ -42,6 +42,7 @@ _SCRATCH_BYTES = 256 * 1024
 _SOCKET_BYTES = 4 * 1024 * 1024  # asked for; the kernel gives what net.core.wmem_max allows
 _MAX_VECTORS = 1_000  # IOV_MAX is 1,024 on Linux
 _TURN_BYTES = 32 * 1024 * 1024  # read from one worker before the others get a turn
+_JOIN_BYTES = 16 * 1024  # a copy of this size costs less than a system call with several parts
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 8)
 
 _PLAIN = frozenset((int, str))  # indices of these types need no special care
@@ -268,6 +269,8 @@ def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> I
         for entry in entries
     )
     head = _HEAD.pack(len(envelope), len(entries), len(pickled), len(released) // _EXTENT_BYTES, flags)
+    if len(pickled) <= _JOIN_BYTES and all(isinstance(entry, Placed) for entry in entries):
+        return iter((memoryview(b"".join((head, table, released, envelope, pickled))),))
     parts = [
         memoryview(b"".join((head, table, released, envelope))),
         memoryview(pickled),

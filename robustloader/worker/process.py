@@ -53,6 +53,8 @@ __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 STACK_SIGNAL = signal.SIGRTMIN + 7
 """Asks a worker for its Python stacks. A real-time signal, so that it meets nobody's own use of SIGUSR1."""
 
+_RSS_EVERY_NS = 20_000_000
+
 
 class Cargo:
     """The user's objects on their way to a worker.
@@ -130,6 +132,7 @@ def run_worker(setup: Setup) -> None:
     """Entry point of a worker process. Returns when told to stop or when the trainer is gone."""
     host.hold_lifeline(setup.lifeline.take())
     host.prefer_to_be_killed()
+    host.yield_to_others()
     beacon = Beacon(setup.page)
     beacon.enter(INIT)
     setup.end.setblocking(True)
@@ -152,6 +155,7 @@ class _Worker:
         self.where = where
         self.run = setup.run
         self.epoch = setup.epoch
+        self._rss = self._rss_due_ns = 0
         self.arena = Arena(setup.arena) if setup.arena is not None else None
         self.stacker = Stacker(self.arena)
         self.meter = MemoryMeter(setup.max_worker_bytes)
@@ -267,11 +271,13 @@ class _Worker:
                 parcel = self.arena.place(parcel)
                 fd, trouble = self.arena.take_descriptor(), self.arena.take_trouble()
             self.beacon.finish()
-            rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            calls = self.fetcher.calls
+            now = time.monotonic_ns()
+            if now >= self._rss_due_ns:  # a system call that costs as much as a small batch takes to encode
+                self._rss_due_ns = now + _RSS_EVERY_NS
+                self._rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            calls, rss = self.fetcher.calls, self._rss
             held = self.meter.excess_bytes(rss)
             samples, report = outcome.samples, outcome.report
-            now = time.monotonic_ns()
             reply = Fetched(
                 order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, now, held, snapshot
             )

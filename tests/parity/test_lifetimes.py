@@ -1,0 +1,250 @@
+"""Batches are the trainer's own: they stay good for as long as they are held, whatever becomes of the loader."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from robustloader import RobustDataLoader, TelemetryPolicy, TransportDegraded
+from robustloader.system.torch_private import worker_processes
+from tests.support.watch import await_death
+
+SHAPE = (3, 64, 64)  # 48 KiB of float32: an extent of its own even where small tensors stay in the frame
+
+
+class Numbered(Dataset[Any]):
+    """Sample ``i`` is full of ``i``."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full(SHAPE, float(index)), index
+
+
+def check(batches: list[Any], batch_size: int = 4) -> None:
+    for number, (images, labels) in enumerate(batches):
+        wanted = torch.arange(number * batch_size, number * batch_size + len(labels))
+        assert torch.equal(labels, wanted)
+        assert torch.equal(images[:, 0, 0, 0], wanted.float())
+        assert torch.equal(images[:, -1, -1, -1], wanted.float())
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_kept_in_a_list_past_the_end_of_everything(method: str) -> None:
+    """All batches of an epoch are good after the loader, its iterator and its workers have gone."""
+    loader: Any = RobustDataLoader(Numbered(80), batch_size=4, num_workers=2, multiprocessing_context=method)
+    batches = list(loader)
+    check(batches)
+    del loader
+    gc.collect()
+    check(batches)
+
+
+def test_kept_past_the_death_of_its_worker() -> None:
+    """A SIGKILL takes nothing that was delivered."""
+    loader = RobustDataLoader(Numbered(200), batch_size=4, num_workers=2, persistent_workers=True)
+    iterator = iter(loader)
+    batches = [next(iterator) for _ in range(10)]
+    for process in worker_processes(iterator):
+        os.kill(process.pid, signal.SIGKILL)
+        await_death(process.pid)
+    batches += list(iterator)
+    assert len(batches) == 50
+    check(batches)
+
+
+def test_writing_to_a_batch_reaches_no_other() -> None:
+    """Batches are written to in place, by the trainer and by it alone."""
+    loader = RobustDataLoader(Numbered(120), batch_size=4, num_workers=2)
+    kept = []
+    for number, (images, labels) in enumerate(loader):
+        assert torch.equal(images[:, 0, 0, 0], labels.float())
+        images.fill_(-1.0)
+        labels.add_(1_000)
+        if number % 3 == 0:
+            kept.append(images)
+    assert all(bool((images == -1).all()) for images in kept)
+
+
+def test_a_process_forked_while_batches_are_held() -> None:
+    """What a forked child holds is what it was, while the trainer's loader goes on over the same memory."""
+    loader = RobustDataLoader(Numbered(400), batch_size=4, num_workers=2)
+    iterator = iter(loader)
+    batches = [next(iterator) for _ in range(3)]
+    arrays = [images.numpy() for images, _ in batches]
+    sums = [float(array.sum()) for array in arrays]
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.close(write)
+            os.read(read, 1)
+            code = int([float(array.sum()) for array in arrays] != sums)
+        finally:
+            os._exit(code)
+    os.close(read)
+    del batches, arrays
+    for images, labels in iterator:
+        assert torch.equal(images[:, 1, 1, 1], labels.float())
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_another_loader_forked_while_batches_are_held() -> None:
+    """A validation loader's workers, ours or torch's, come and go; the training batches stay what they were."""
+    train = RobustDataLoader(Numbered(160), batch_size=4, num_workers=2, persistent_workers=True)
+    for kind in (RobustDataLoader, DataLoader, RobustDataLoader):
+        kept = []
+        for number, batch in enumerate(train):
+            kept.append(batch)
+            if number == 10:
+                valid: Any = kind(Numbered(24), batch_size=4, num_workers=2)
+                check(list(valid))
+        check(kept)
+
+
+def test_saving_a_batch_saves_only_the_batch() -> None:
+    """``torch.save`` of a tensor writes its bytes and no more."""
+    images, labels = next(iter(RobustDataLoader(Numbered(16), batch_size=4, num_workers=1)))
+    for tensor in (images, labels, images[1]):
+        file = io.BytesIO()
+        torch.save(tensor.clone() if tensor is not images and tensor is not labels else tensor, file)
+        assert file.tell() < tensor.numel() * tensor.element_size() + 2_500
+
+
+def test_labels_alone_are_cheap_to_keep(transport: str) -> None:
+    """Keeping the labels of many batches keeps no images."""
+    events: list[Any] = []
+
+    class Listener:
+        def receive(self, event: Any) -> None:
+            events.append(event)
+
+    loader = RobustDataLoader(
+        Numbered(1_200), batch_size=4, num_workers=2, telemetry=TelemetryPolicy(sinks=(Listener(),))
+    )
+    before = shared_bytes()
+    labels = [labels for _, labels in loader]
+    assert torch.equal(torch.cat(labels), torch.arange(1_200))
+    assert not any(isinstance(event, TransportDegraded) for event in events)
+    held = shared_bytes() - before
+    assert held < 60 * 4 * 4 * 12_288, f"{held:,} bytes are held by 300 batches' labels"
+
+
+def shared_bytes() -> int:
+    """Memory of all arenas that this process maps."""
+    total, inside = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if "-" in line.split(" ", 1)[0]:
+                inside = "robustloader-arena" in line
+            elif inside and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_released_in_another_thread() -> None:
+    """Whichever thread drops a batch, its memory comes back into use, and no batch changes meanwhile."""
+    loader = RobustDataLoader(Numbered(400), batch_size=4, num_workers=2)
+    waiting: list[Any] = []
+    there, done = threading.Semaphore(0), threading.Event()
+    wrong: list[int] = []
+
+    def consume() -> None:
+        while True:
+            there.acquire()
+            if not waiting:
+                if done.is_set():
+                    return
+                continue
+            images, labels = waiting.pop(0)
+            if not torch.equal(images[:, 2, 3, 4], labels.float()):
+                wrong.append(int(labels[0]))
+            del images, labels
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    for batch in loader:
+        waiting.append(batch)
+        there.release()
+    del batch
+    done.set()
+    there.release()
+    thread.join()
+    assert not wrong and not waiting
+
+
+class Keeper:
+    """A ``collate_fn`` that keeps what it made of the first batches, and says whether it has changed."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Any, float]] = []
+
+    def __call__(self, samples: list[Any]) -> Any:
+        images, labels = default_collate(samples)
+        if len(self.kept) < 5:
+            self.kept.append((images, float(labels[0])))
+        intact = all(bool((kept[0] == value).all()) for kept, value in self.kept)
+        return images, labels, intact
+
+
+def test_a_worker_keeps_what_it_collated() -> None:
+    """User code in the worker may hold on to a collated tensor: it is not overwritten by later batches."""
+    loader = RobustDataLoader(Numbered(240), batch_size=4, num_workers=2, collate_fn=Keeper())
+    for images, labels, intact in loader:
+        assert intact
+        assert torch.equal(images[:, 0, 0, 0], labels.float())
+
+
+class Nested(Numbered):
+    """Calls ``default_collate`` itself, in the worker's main thread and in one of its own, and keeps the results."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.kept: list[torch.Tensor] = []
+
+    def __getitem__(self, index: int) -> Any:
+        pair = default_collate([torch.full(SHAPE, float(index)), torch.full(SHAPE, float(index))])
+        made: list[torch.Tensor] = []
+        thread = threading.Thread(target=lambda: made.append(default_collate([pair[0], pair[1]])))
+        thread.start()
+        thread.join()
+        self.kept.append(pair)
+        assert all(bool((kept == kept.flatten()[0]).all()) for kept in self.kept)
+        return made[0][1], index
+
+
+def test_default_collate_called_by_user_code() -> None:
+    """Inside ``__getitem__`` or in a user's thread it makes ordinary tensors, which are the user's to keep."""
+    check(list(RobustDataLoader(Nested(48), batch_size=4, num_workers=2)))
+
+
+def test_descriptors_do_not_grow_with_held_batches(transport: str) -> None:
+    """10,000 held batches cost no descriptor more than ten."""
+    loader = RobustDataLoader(Numbered(10_000), batch_size=1, num_workers=2, collate_fn=_first_row)
+    held: list[Any] = []
+    counts: set[int] = set()
+    for number, batch in enumerate(loader):
+        held.append(batch)
+        if number >= 10 and number % 500 == 0:
+            counts.add(len(os.listdir("/proc/self/fd")))
+    assert len(held) == 10_000
+    assert len(counts) == 1
+    assert all(float(row[0]) == number for number, row in enumerate(held))
+
+
+def _first_row(samples: list[Any]) -> torch.Tensor:
+    return samples[0][0][0, :32].flatten()  # 8 KiB: above what stays in the frame
