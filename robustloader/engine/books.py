@@ -43,7 +43,7 @@ class Result:
     pinned: bool = True
     shard: int = -1
     calls: int = 0
-    snapshot: bytes | None = None
+    snapshot: bytes | str | None = None
 
 
 class Books:

@@ -37,7 +37,7 @@ from robustloader.worker.fetch import (
     make_fetcher,
 )
 from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
-from robustloader.worker.stateful import restored_fetcher, take_snapshot
+from robustloader.worker.stateful import pickled_snapshot, restored_fetcher, take_snapshot
 
 __all__ = ["InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
 
@@ -345,11 +345,10 @@ class StandIn:
         """How often the stream was read."""
         return self._fetcher.calls
 
-    def snapshot(self) -> bytes | None:
-        """Where the stream stands, pickled; None where neither it nor its dataset can tell."""
+    def snapshot(self) -> bytes | str | None:
+        """Where the stream stands, pickled; None where neither it nor its dataset can tell, a string on failure."""
         with self._as_worker():
-            taken = take_snapshot(self._fetcher, with_rng=True)
-        return None if taken is None else pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+            return pickled_snapshot(self._fetcher)
 
     @contextlib.contextmanager
     def _as_worker(self) -> Iterator[None]:
@@ -424,7 +423,7 @@ class Shards:
             ended = outcome
         return ended
 
-    def snapshot(self) -> bytes | None:
+    def snapshot(self) -> bytes | str | None:
         """Where the stream of the last shard stands."""
         stand_in = self._stand_ins[self.last]
         return None if stand_in is None else stand_in.snapshot()

@@ -683,7 +683,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             calls=message.calls,
             snapshot=message.snapshot,
         )
-        if message.snapshot is not None:
+        if isinstance(message.snapshot, bytes):
             slot.snapshot = message.snapshot
         self._books.arrive(task, result)
         if message.held_bytes:

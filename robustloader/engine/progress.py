@@ -44,13 +44,17 @@ class Resumption:
 
 @dataclass(slots=True)
 class ShardProgress:
-    """What was delivered of one shard of an iterable dataset; ``final``: after how many batches it has ended."""
+    """What was delivered of one shard of an iterable dataset; ``final``: after how many batches it has ended.
+
+    ``untold``: what the user's ``state_dict`` raised where the snapshot should have been taken.
+    """
 
     calls: int = 0
     batches: int = 0
     final: int | None = None
     rng: Any = None
     snapshot: bytes | None = None
+    untold: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +68,7 @@ class Progress:
         beginning: random states before the epoch began.
         workers: processes that it began with.
         sampler: the sampler that keeps its own state; ``marks`` are that state and the spares after each task read,
-            from the last one below which all were delivered.
+            from the last one below which all were delivered; a string is what its ``state_dict`` raised.
         stream: takes the snapshot of a stream in this process.
     """
 
@@ -79,18 +83,22 @@ class Progress:
     delivered: Delivered = field(default_factory=Delivered)
     shards: list[ShardProgress] = field(default_factory=list)
     next_shard: int = 0
-    marks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    marks: dict[int, tuple[Any, Any] | str] = field(default_factory=dict)
     stream: Any = None
     holds: Callable[[], bool] = bool
-    _pending: tuple[int, int, int, bool, bytes | None] | None = None
+    _pending: tuple[int, int, int, bool, bytes | str | None] | None = None
 
     def read(self, task: int, spares: SpareReservoir) -> None:
         """The sampler was read for ``task``; -1 before the first."""
-        if self.sampler is not None:
-            self.marks[task] = (copy.deepcopy(self.sampler.state_dict()), spares.mark)
+        if self.sampler is None:
+            return
+        try:
+            self.marks[task] = copy.deepcopy(self.sampler.state_dict()), spares.mark
+        except Exception as error:  # no reason to end a run that may never ask for a state
+            self.marks[task] = f"{type(error).__name__}: {error}"
 
     def deliver(
-        self, task: int, *, shard: int = 0, calls: int = 0, loaded: bool = True, snapshot: bytes | None = None
+        self, task: int, *, shard: int = 0, calls: int = 0, loaded: bool = True, snapshot: bytes | str | None = None
     ) -> None:
         """The trainer gets batch ``task``, or the error it came to; of an iterable dataset, that shard's next."""
         if self._pending is not None:
@@ -114,8 +122,10 @@ class Progress:
             shard = self.shards[number]
             shard.calls = max(shard.calls, calls)
             shard.batches += loaded
-            if snapshot is not None:
-                shard.snapshot = snapshot
+            if isinstance(snapshot, bytes):
+                shard.snapshot, shard.untold = snapshot, ""
+            elif snapshot is not None:
+                shard.untold = snapshot
             self.next_shard = (number + 1) % len(self.shards)
             return
         self.delivered.add(task)

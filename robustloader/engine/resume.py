@@ -115,7 +115,9 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
             dataset_state=state_of(loader.dataset),
             **common,
         )
-    mark: tuple[Any, Any] | None = progress.marks.get(progress.delivered.count - 1)
+    mark = progress.marks.get(progress.delivered.count - 1)
+    if isinstance(mark, str):
+        raise StateError(f"the sampler's own state_dict() failed, so nobody knows where it stood: {mark}", found=mark)
     return LoaderState(
         epoch=progress.epoch,
         begun=True,
@@ -139,6 +141,10 @@ def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
     taken: StreamSnapshot | None = None
     if stream is not None:  # of this process: it stands where the trainer is
         taken = take_snapshot(stream, with_rng=False)
+    elif shard.untold:
+        raise StateError(
+            f"state_dict() of the dataset, or of its iterator, failed in a worker: {shard.untold}", found=shard.untold
+        )
     elif shard.snapshot is not None:
         taken = pickle.loads(shard.snapshot)
     plain: tuple[Any, ...] = ()

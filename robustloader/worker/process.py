@@ -46,7 +46,7 @@ from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, IterableFetcher, Loaded, MapFetcher, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.meter import MemoryMeter
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
-from robustloader.worker.stateful import restored_fetcher, take_snapshot
+from robustloader.worker.stateful import pickled_snapshot, restored_fetcher
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 
@@ -261,11 +261,7 @@ class _Worker:
             except BaseException as error:
                 outcome = self.fetcher.repair_unpicklable(order, error)
                 continue
-            try:
-                snapshot = self._snapshot()
-            except BaseException as error:  # a user's state_dict
-                outcome = Broken(error, outcome.report or Report())
-                break
+            snapshot = pickled_snapshot(self.fetcher) if self.setup.iterable else None
             fd, trouble = None, ""
             if self.arena is not None:
                 parcel = self.arena.place(parcel)
@@ -287,11 +283,6 @@ class _Worker:
             return
         self.beacon.finish()
         self.channel.send(self._reply(order, outcome))
-
-    def _snapshot(self) -> bytes | None:
-        """Where the stream stands after this batch, pickled here and now: the dataset goes on changing."""
-        taken = take_snapshot(self.fetcher, with_rng=True) if self.setup.iterable else None
-        return None if taken is None else pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
 
     def _reply(self, order: Fetch, outcome: Outcome) -> Any:
         calls = self.fetcher.calls

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any, NamedTuple
 
 from robustloader.worker.fetch import IterableFetcher, Plan
 from robustloader.worker.seeding import restore_rng, rng_states
 
-__all__ = ["StreamSnapshot", "is_stateful", "restored_fetcher", "take_snapshot"]
+__all__ = ["StreamSnapshot", "is_stateful", "pickled_snapshot", "restored_fetcher", "take_snapshot"]
 
 
 class StreamSnapshot(NamedTuple):
@@ -49,6 +50,18 @@ def take_snapshot(fetcher: object, *, with_rng: bool) -> StreamSnapshot | None:
     if not dataset and not stream:
         return None
     return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng_states() if with_rng else None)
+
+
+def pickled_snapshot(fetcher: object) -> bytes | str | None:
+    """The same with the process's random states, pickled here and now: the dataset goes on changing.
+
+    A string says what the user's ``state_dict`` raised. That is no reason to end a run that may never ask for a state.
+    """
+    try:
+        taken = take_snapshot(fetcher, with_rng=True)
+        return None if taken is None else pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def restored_fetcher(plan: Plan, snapshot: StreamSnapshot) -> IterableFetcher:

@@ -7,13 +7,20 @@ import os
 import random
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
 
-from robustloader import ElasticDistributedBatchSampler, ElasticDistributedSampler, RecoveryPolicy, RobustDataLoader
+from robustloader import (
+    ElasticDistributedBatchSampler,
+    ElasticDistributedSampler,
+    RecoveryPolicy,
+    RobustDataLoader,
+    StateError,
+)
 from tests.support.datasets import Deadly, Death, Numbers
 
 
@@ -199,6 +206,84 @@ def test_a_shard_that_had_ended(recovery: RecoveryPolicy | None, persistent: boo
     assert sorted(head + numbers(resumed)) == list(range(21))
     assert sorted(numbers(other)) == list(range(21))
     assert sorted(numbers(iterator)) == sorted(set(range(21)) - set(head))
+
+
+class Placed(IterableDataset):
+    """Wide samples; keeps its place, and notes in ``folder`` how often it was put somewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.place = folder, 0
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        while first + self.place * step < 90:
+            number = first + self.place * step
+            self.place += 1
+            yield torch.full((20_000,), number)
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+        (self.folder / f"{os.getpid()}").touch()
+
+
+@pytest.mark.parametrize("transport", ["arena", "pipe"])
+@pytest.mark.parametrize("later", [0, 2, 3])
+def test_a_worker_dies_in_a_stream_that_keeps_its_place(tmp_path: Path, transport: Any, later: int) -> None:
+    """Its successor is put where the dead one's results end; so is whoever goes on from the state."""
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        return RobustDataLoader(Placed(tmp_path), 3, num_workers=workers, transport=transport)
+
+    whole = [batch[:, -1].tolist() for batch in make(2)]
+    assert not list(tmp_path.iterdir())
+    ours = make(2)
+    iterator = iter(ours)
+    head = [batch[:, -1].tolist() for batch in itertools.islice(iterator, 9)]
+    state = ours.state_dict()
+    os.kill(iterator._workers[1].pid, signal.SIGKILL)
+    rest = [batch[:, -1].tolist() for batch in iterator]
+    assert head + rest == whole
+    assert len(list(tmp_path.iterdir())) == 1
+    other = make(later)
+    other.load_state_dict(state)
+    assert [batch[:, -1].tolist() for batch in other] == rest
+
+
+class Speechless(IterableDataset):
+    """Has a state, but cannot tell it."""
+
+    def __iter__(self) -> Any:
+        return iter(range(8))
+
+    def state_dict(self) -> Any:
+        raise RuntimeError("speechless")
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class SpeechlessSampler(Positioned):
+    """The same of a sampler."""
+
+    def state_dict(self) -> Any:
+        raise RuntimeError("speechless")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Speechless(), Numbers(8)])
+def test_a_state_that_cannot_be_told_ends_no_run(dataset: Any, workers: int) -> None:
+    """Only whoever asks for it hears of it."""
+    sampler = None if isinstance(dataset, Speechless) else SpeechlessSampler(8)
+    ours = RobustDataLoader(dataset, 2, sampler=sampler, num_workers=workers)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 2))
+    with pytest.raises((StateError, RuntimeError), match="speechless"):
+        ours.state_dict()
+    assert sorted(head + numbers(iterator)) == list(range(8))
 
 
 def test_epochs_go_on_counting() -> None:
