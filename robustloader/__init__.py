@@ -53,6 +53,7 @@ from robustloader.telemetry import (
     Statistics,
     TensorBoardSink,
 )
+from robustloader.tuning import Comparison, TuningReport, compare, tune
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "BatchDelivered",
     "BatchInfo",
     "ChromeTraceSink",
+    "Comparison",
     "ElasticDistributedBatchSampler",
     "ElasticDistributedSampler",
     "EpochFinished",
@@ -98,6 +100,7 @@ __all__ = [
     "TelemetryPolicy",
     "TensorBoardSink",
     "TransportDegraded",
+    "TuningReport",
     "WorkerCrashError",
     "WorkerCrashed",
     "WorkerError",
@@ -106,5 +109,7 @@ __all__ = [
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "compare",
     "doctor",
+    "tune",
 ]

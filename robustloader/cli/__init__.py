@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 import robustloader
-from robustloader.cli import demo, doctor, report, watch
+from robustloader.cli import compare, demo, doctor, report, tune, watch
 
 __all__ = ["main"]
 
 DESCRIPTION = "A DataLoader for PyTorch that survives damaged samples and dying workers."
-COMMANDS = (doctor, demo, report, watch)
+COMMANDS = (doctor, tune, compare, demo, report, watch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -401,8 +401,9 @@ class Crew:
                 worker.task, worker.task_s = task, 0.0
             else:
                 worker.task_s += passed_s
-            if idle or reading.started_ns != worker.silent_since:
-                worker.silent_since, worker.silent_s, worker.reported = reading.started_ns, 0.0, False
+            moment = (reading.started_ns, reading.position)
+            if idle or moment != worker.silent_since:
+                worker.silent_since, worker.silent_s, worker.reported = moment, 0.0, False
             else:
                 worker.silent_s += passed_s
             if self._is_hung(worker, reading):

@@ -57,6 +57,7 @@ class Worker:
         self.channel, self._their_end = channel_pair()
         self.stacks_fd = os.memfd_create("robustloader-stacks")
         self.process: Any = None
+        self._pid: int | None = None
         self.pidfd: int | None = None
         self.started_ns = time.monotonic_ns()
         self.ready = False
@@ -69,7 +70,7 @@ class Worker:
         self.run = 0
         self.gone_ns = 0
         self.silent_s = 0.0
-        self.silent_since = 0
+        self.silent_since: tuple[int, int | None] = (0, None)
         self.task = (-1, -1, -1)
         self.task_s = 0.0
         self.reported = False
@@ -77,8 +78,7 @@ class Worker:
     @property
     def pid(self) -> int | None:
         """Process id; None before the start."""
-        pid: int | None = self.process.pid if self.process is not None else None
-        return pid
+        return self._pid
 
     def start(self, context: Any, make_setup: Callable[..., Setup], **details: Any) -> None:
         """Start the process. May block for as long as pickling and a spawned interpreter's start take."""
@@ -98,6 +98,7 @@ class Worker:
             with own_fork(self._fork_token):
                 process.start()
             self.process = process
+            self._pid = process.pid
             self.pidfd = host.open_pidfd(process.pid)
         except BaseException:
             self.close()

@@ -21,6 +21,7 @@ __all__ = [
     "HookedDataLoader",
     "LoaderIterator",
     "auto_collation",
+    "end_iterator",
     "is_datapipe",
     "is_iterable",
     "key_error_message",
@@ -141,6 +142,13 @@ def new_worker_info(*, worker_id: int, num_workers: int, seed: int, dataset: Any
 def worker_processes(iterator: Any) -> list[Any]:
     """The worker processes of an iterator, torch's own or one of ours; empty where it loads in process."""
     return list(getattr(iterator, "_workers", ()))
+
+
+def end_iterator(iterator: Any) -> None:
+    """End the workers of an iterator now, torch's own or one of ours; nothing where it loads in process."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 takes two type parameters, 2.6 takes one

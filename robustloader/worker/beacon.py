@@ -11,18 +11,17 @@ dead writer it takes what is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from robustloader.system.host import SharedPage
 
-__all__ = ["Beacon", "Phase", "Reading"]
+__all__ = ["POSITION", "Beacon", "Phase", "Reading"]
 
 Phase = Literal["idle", "init", "item", "items", "collate", "encode"]
 PHASES: tuple[Phase, ...] = ("idle", "init", "item", "items", "collate", "encode")
 IDLE, INIT, ITEM, ITEMS, COLLATE, ENCODE = range(6)
 
-_SEQUENCE, _RUN, _TASK, _POSITION, _COUNT, _PHASE, _STARTED, _DONE, _DISMISSED = range(9)
+_SEQUENCE, _RUN, _TASK, POSITION, _COUNT, _PHASE, _STARTED, _DONE, _DISMISSED = range(9)
 
 NOBODY = -(1 << 62)
 
@@ -37,7 +36,8 @@ class Reading(NamedTuple):
         position: the sample's place in the task's indices; -1 - k for spare number k; None where no single sample is
             in hand.
         in_flight: how many samples that phase is about.
-        started_ns: when this phase began, ``time.monotonic_ns()``.
+        started_ns: when this phase began, ``time.monotonic_ns()``; with some samples in it, a change of ``position``
+            is the only sign that it goes on.
         done: tasks finished so far.
     """
 
@@ -51,41 +51,34 @@ class Reading(NamedTuple):
 
 
 class Beacon:
-    """The record itself. The worker calls ``enter`` and ``sample``, the training process ``read``."""
+    """The record itself. The worker calls ``enter`` and ``sample``, the training process ``read``.
+
+    Attributes:
+        cells: the record's numbers. Going from sample to sample, a worker just sets the one at ``POSITION``, one store
+            that needs no protection: a clock and a call per sample would cost more than a cheap sample does.
+    """
 
     def __init__(self, page: SharedPage) -> None:
         self._page = page  # keeps the mapping alive
-        self._cells = memoryview(page.memory).cast("q")
+        self.cells = memoryview(page.memory).cast("q")
 
     def enter(self, phase: int, *, run: int = 0, task: int = 0, position: int = NOBODY, count: int = 1) -> None:
         """A phase begins. Runs in the worker."""
-        cells = self._cells
+        cells = self.cells
         cells[_SEQUENCE] += 1
         cells[_RUN] = run
         cells[_TASK] = task
-        cells[_POSITION] = position
+        cells[POSITION] = position
         cells[_COUNT] = count
         cells[_PHASE] = phase
         cells[_STARTED] = time.monotonic_ns()
         cells[_SEQUENCE] += 1
 
-    def follow(self, indices: Iterable[Any]) -> Iterator[Any]:
-        """Yield ``indices``, the samples of the task under way in order, and note each as it begins.
-
-        Runs in the worker.
-        Two cells change, each in one store and each true by itself, so the sequence counter has nothing to protect.
-        """
-        cells, clock = self._cells, time.monotonic_ns
-        for position, index in enumerate(indices):
-            cells[_POSITION] = position
-            cells[_STARTED] = clock()
-            yield index
-
     def sample(self, position: int) -> None:
         """The next sample of the task under way begins. Runs in the worker."""
-        cells = self._cells
+        cells = self.cells
         cells[_SEQUENCE] += 1
-        cells[_POSITION] = position
+        cells[POSITION] = position
         cells[_COUNT] = 1
         cells[_PHASE] = ITEM
         cells[_STARTED] = time.monotonic_ns()
@@ -93,33 +86,33 @@ class Beacon:
 
     def finish(self) -> None:
         """A task is done; the worker is idle. Runs in the worker."""
-        cells = self._cells
+        cells = self.cells
         cells[_SEQUENCE] += 1
         cells[_PHASE] = IDLE
-        cells[_POSITION] = NOBODY
+        cells[POSITION] = NOBODY
         cells[_STARTED] = time.monotonic_ns()
         cells[_DONE] += 1
         cells[_SEQUENCE] += 1
 
     def dismiss(self) -> None:
         """Ask the worker to leave before its next task. Runs in the training process."""
-        self._cells[_DISMISSED] = 1
+        self.cells[_DISMISSED] = 1
 
     @property
     def dismissed(self) -> bool:
         """Whether the worker was asked to leave. Runs in the worker, between tasks."""
-        return bool(self._cells[_DISMISSED])
+        return bool(self.cells[_DISMISSED])
 
     def read(self) -> Reading:
         """What the worker is (or was last) doing. Runs in the training process."""
-        cells = self._cells
+        cells = self.cells
         values = cells[:8].tolist()
         for _ in range(16):
             again = cells[:8].tolist()
             if again == values and not values[_SEQUENCE] % 2:
                 break
             values = again
-        position = values[_POSITION]
+        position = values[POSITION]
         return Reading(
             PHASES[values[_PHASE]],
             values[_RUN],

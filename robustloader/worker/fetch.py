@@ -20,7 +20,7 @@ from robustloader.decisions.limits import exhaustion_hint
 from robustloader.events import FaultAction, FaultKind
 from robustloader.policies import TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
-from robustloader.worker.beacon import COLLATE, ENCODE, ITEM, ITEMS, Beacon
+from robustloader.worker.beacon import COLLATE, ENCODE, ITEM, ITEMS, POSITION, Beacon
 from robustloader.worker.seeding import preserve_rng
 
 __all__ = ["Broken", "Ended", "IterableFetcher", "Loaded", "MapFetcher", "Outcome", "Plan", "Short", "make_fetcher"]
@@ -147,9 +147,13 @@ class MapFetcher:
                 data = values
                 if beacon:
                     beacon.enter(ITEM, run=order.run, task=order.task, position=0)
-                # Not under the name of ``indices``, which are counted below.
-                for index in beacon.follow(indices) if beacon else indices:
-                    values.append(dataset[index])
+                    cells = beacon.cells
+                    for position, index in enumerate(indices):
+                        cells[POSITION] = position
+                        values.append(dataset[index])
+                else:
+                    for index in indices:
+                        values.append(dataset[index])
             stage = COLLATE
             if beacon:
                 beacon.enter(COLLATE, run=order.run, task=order.task, count=count_indices(indices))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.tables import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
@@ -47,3 +49,27 @@ def test_a_quick_run_leaves_a_result_and_its_tables(tmp_path: Path) -> None:
     lines = page.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert sum(line.startswith("| `tiny` |") for line in lines) == 2 + 3
+
+
+def test_the_study_of_workers_runs(tmp_path: Path) -> None:
+    """Both loaders at every number of workers, the simulator's error, tune()'s choice, and a figure."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "workers.json"
+    run("benchmarks.num_workers", "--quick", "--only", "in memory", "--out", str(out), "--plot", str(tmp_path))
+    made = json.loads(out.read_text())["kinds"]["in memory"]
+    assert [row["workers"] for row in made["workers"]] == [0, 1, 2]
+    assert all(row[name]["batches_per_s"] > 0 for row in made["workers"] for name in ("robustloader", "torch"))
+    assert set(made["simulator_error"]) == {"0", "1", "2"}
+    assert made["tuned"]["best"] >= 0
+    assert (tmp_path / "num-workers.svg").exists()
+
+
+def test_the_simulation_of_scale_runs(tmp_path: Path) -> None:
+    """It is repeatable, says that it is simulated, and its figure is drawn."""
+    pytest.importorskip("matplotlib")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    run("benchmarks.scale", "--quick", "--out", str(first), "--plot", str(tmp_path))
+    run("benchmarks.scale", "--quick", "--out", str(second))
+    assert first.read_text() == second.read_text()
+    assert json.loads(first.read_text())["simulated"] is True
+    assert (tmp_path / "scale.svg").exists()

@@ -23,8 +23,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("telemetry", "system", "transport"),
     ("worker",),
     ("engine",),
-    ("sampling", "loader", "checkup", "__init__"),
-    ("integrations", "testing", "tuning", "report", "cli", "__main__"),
+    ("sampling", "loader", "checkup", "tuning", "__init__"),
+    ("integrations", "testing", "report", "cli", "__main__"),
 )
 """Bottom to top; on one floor, left to right. A room imports lower floors, its left neighbours, and itself."""
 

@@ -30,6 +30,7 @@ NAMES = (
     "BatchDelivered",
     "BatchInfo",
     "ChromeTraceSink",
+    "Comparison",
     "EpochFinished",
     "EpochProgressed",
     "EpochSummary",
@@ -64,6 +65,7 @@ NAMES = (
     "TaskReplayed",
     "TelemetryPolicy",
     "TensorBoardSink",
+    "TuningReport",
     "WorkerCrashError",
     "WorkerCrashed",
     "WorkerError",
@@ -72,7 +74,9 @@ NAMES = (
     "WorkerRecycled",
     "WorkerRestarted",
     "WorkerStartError",
+    "compare",
     "doctor",
+    "tune",
 )
 OURS = ("faults", "recovery", "memory", "telemetry", "seeding", "transport")
 

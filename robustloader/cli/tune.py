@@ -1,0 +1,72 @@
+"""``robustloader tune``: how many workers a dataset needs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from robustloader import OptionError, tune
+from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader.cli.numbers import count, counts, seconds_above_0, seconds_at_least_0
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser(
+        "tune",
+        help="measure how many workers a dataset needs",
+        description="Measure numbers of workers on your own dataset, and recommend the fewest that suffice. Ctrl-C "
+        "ends it early, with the result so far. The exit status is 0 when there is a recommendation, 1 when the "
+        "dataset raised or could not be measured, 2 for bad arguments.",
+    )
+    parser.add_argument("dataset", metavar="MODULE:CALLABLE", help="what to call for a dataset: my_project.data:train")
+    parser.add_argument("--batch-size", type=count, default=1, metavar="N", help="samples in a batch (default: 1)")
+    parser.add_argument("--candidates", type=counts, metavar="N,N,...", help="measure these numbers of workers")
+    parser.add_argument("--seconds", type=seconds_above_0, default=20.0, metavar="S", help="time for it (default: 20)")
+    parser.add_argument(
+        "--step-s", type=seconds_at_least_0, default=0.0, metavar="S", help="what the trainer does with a batch takes S"
+    )
+    parser.add_argument("--prefetch-factor", type=count, metavar="N", help="batches ahead per worker (default: 2)")
+    parser.add_argument(
+        "--shuffle", action="store_true", help="read in a random order, as a training with shuffle does"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also draw the curves (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, and tell: the exit status."""
+    try:
+        dataset = load_dataset(options.dataset)
+    except DatasetNameError as error:
+        print(f"robustloader tune: {error}", file=sys.stderr)
+        return 2
+    try:
+        report = tune(
+            dataset,
+            batch_size=options.batch_size,
+            candidates=options.candidates,
+            seconds=options.seconds,
+            step_s=options.step_s,
+            prefetch_factor=options.prefetch_factor,
+            shuffle=options.shuffle,
+        )
+    except OptionError as error:
+        print(f"robustloader tune: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # the user's dataset may raise anything
+        print(f"robustloader tune: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if options.plot:
+        try:
+            report.plot(options.plot)
+        except (ImportError, OSError, ValueError) as error:
+            print(f"robustloader tune: no plot: {error}", file=sys.stderr)
+            return 1
+    return 0

@@ -1,0 +1,192 @@
+"""``tune()`` and ``compare()`` with real workers, and their commands. Nothing here looks at how fast anything was."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import RandomSampler
+
+from robustloader import OptionError, compare, tune
+from robustloader.cli import main
+from tests.support.parity_data import random_state
+from tests.support.tuned import Clock, Drawing, NoCopy, Stream, Waiting, make_empty
+
+NAME = "tests.support.tuned"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """matplotlib keeps the files of its fonts open for good once it has drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure()
+    figure.subplots().set_title("0")
+    for suffix in ("png", "svg"):
+        figure.savefig(tmp_path_factory.mktemp("fonts") / f"0.{suffix}")
+
+
+def quick(dataset: Any, **options: Any) -> Any:
+    arguments = {"batch_size": 4, "candidates": (0, 1, 2), "seconds": 2, "progress": False}
+    return tune(dataset, **(arguments | options))
+
+
+# --- tune -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_nothing_of_the_callers_is_used_up(seed: int) -> None:
+    """Not the random states, not the dataset's own generator, not the sampler's, not the generator argument."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    dataset, generator, own = Drawing(), torch.Generator(), torch.Generator()
+    sampler = RandomSampler(dataset, generator=generator)
+    before = (random_state(), generator.get_state().tolist(), own.get_state().tolist(), dataset.own.getstate())
+    report = quick(dataset, sampler=sampler, generator=own)
+    after = (random_state(), generator.get_state().tolist(), own.get_state().tolist(), dataset.own.getstate())
+    assert before == after
+    assert dataset.calls == 0
+    assert [row.num_workers for row in report.rows] == [0, 1, 2]
+    assert all(row.batches_per_s > 0 for row in report.rows)
+
+
+def test_a_stream() -> None:
+    """It is read from its beginning for each turn, by copies."""
+    stream = Stream()
+    report = quick(stream)
+    assert stream.given == 0
+    assert {row.num_workers for row in report.rows} <= {0, 1, 2}
+
+
+def test_a_stream_that_is_too_short() -> None:
+    """What cannot be measured is left out, and said."""
+    report = quick(Stream(12), seconds=1)
+    assert [row.num_workers for row in report.rows]
+    assert report.best in (0, 1, 2)
+
+
+def test_a_dataset_that_cannot_be_copied() -> None:
+    """It is loaded in workers only."""
+    report = quick(NoCopy())
+    assert [row.num_workers for row in report.rows] == [1, 2]
+    assert "cannot be copied" in report.notes[0]
+
+
+def test_a_slow_step_hides_the_data() -> None:
+    """A batch is ready long before the trainer wants it, and the report says so."""
+    report = quick(Drawing(), step_s=0.1, candidates=(0, 1))
+    assert report.verdict == "data is not your bottleneck"
+
+
+def test_an_empty_dataset() -> None:
+    """There is nothing to measure."""
+    with pytest.raises(ValueError, match="empty"):
+        quick(make_empty())
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"seconds": 0}, "seconds"),
+        ({"step_s": -1}, "step_s"),
+        ({"candidates": ()}, "candidates"),
+        ({"candidates": (1.5,)}, "candidates"),
+        ({"num_workers": 3}, "num_workers"),
+        ({"batch_sampler": [[0]]}, "batch_sampler"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], name: str) -> None:
+    """Refused by name."""
+    with pytest.raises(OptionError, match=name):
+        quick(Waiting(), **options)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """JSON on stdout, progress on stderr, a picture in a file, status 0."""
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "curve.svg"
+    words = ["tune", f"{NAME}:Waiting", "--batch-size", "4", "--candidates", "0,1", "--seconds", "1.5"]
+    assert main([*words, "--json", "--plot", str(plot)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["num_workers"] for row in told["rows"]] == [0, 1]
+    assert plot.read_text().rstrip().endswith("</svg>")
+
+
+@pytest.mark.parametrize("command", ["tune", "compare"])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ((), 2),
+        (("nowhere:make",), 2),
+        ((f"{NAME}:Drawing", "--batch-size", "0"), 2),
+        ((f"{NAME}:make_empty",), 1),
+        ((f"{NAME}:Fails",), 1),
+    ],
+)
+def test_exit_statuses(capsys: pytest.CaptureFixture[str], command: str, words: tuple[str, ...], status: int) -> None:
+    """2 for bad arguments, 1 for trouble, and a line that says what."""
+    assert main([command, *words]) == status
+    assert f"robustloader {command}" in capsys.readouterr().err
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_same_batches(workers: int, shuffle: bool) -> None:
+    """With random augmentations, in process and in workers; nothing of the caller's is used up."""
+    dataset, generator = Drawing(), torch.Generator()
+    before = (random_state(), generator.get_state().tolist(), dataset.own.getstate())
+    found = compare(dataset, batch_size=4, num_workers=workers, shuffle=shuffle, generator=generator)
+    assert found.identical, found
+    assert found.batches == 16
+    assert found.ratio > 0
+    assert "identical: 16 batches" in str(found)
+    assert (random_state(), generator.get_state().tolist(), dataset.own.getstate()) == before
+
+
+def test_a_stream_is_compared() -> None:
+    """Up to the number of batches asked for."""
+    found = compare(Stream(), batches=5, batch_size=4, num_workers=1)
+    assert found.identical
+    assert found.batches == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_is_not_deterministic(workers: int) -> None:
+    """The first difference is found in its place, NaNs are none, and torch's loader is shown to differ from itself."""
+    found = compare(Clock(), batch_size=4, num_workers=workers)
+    assert not found.identical
+    assert found.first_difference is not None
+    assert found.torch_difference is not None
+    for difference in (found.first_difference, found.torch_difference):
+        assert (difference.batch, difference.path, difference.what) == (2, "batch['image'][1][1, 1]", "value")
+        assert difference.first != difference.second
+    assert "not deterministic" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["identical"] is False
+
+
+def test_a_difference_between_the_loaders_is_not_laid_at_the_datasets_door() -> None:
+    """seeding="batch" gives other random numbers: torch's loader still agrees with itself."""
+    found = compare(Drawing(), batch_size=4, num_workers=1, seeding="batch")
+    assert not found.identical
+    assert found.torch_difference is None
+    assert "not deterministic" not in str(found)
+
+
+def test_the_compare_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 0 for the same batches, 1 for others."""
+    assert main(["compare", f"{NAME}:Drawing", "--batch-size", "4", "--batches", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identical"] is True
+    assert main(["compare", f"{NAME}:Clock", "--batch-size", "4", "--num-workers", "0"]) == 1
+    assert "batch['image'][1][1, 1]" in capsys.readouterr().out

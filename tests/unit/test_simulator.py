@@ -1,0 +1,149 @@
+"""The simulator against closed forms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from robustloader.decisions.simulator import LoadTime, Setup, simulate, survive
+
+
+def rate(batches: int = 4000, seed: int = 0, **facts: Any) -> float:
+    """Batches per second over a long epoch."""
+    return simulate(Setup(**facts), batches, seed=seed).batches_per_s
+
+
+def constant(mean_s: float = 0.1, **facts: Any) -> LoadTime:
+    return LoadTime(mean_s=mean_s, **facts)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 8, 64])
+@pytest.mark.parametrize("step_s", [0.0, 0.01, 0.05, 0.5])
+def test_the_slower_of_workers_and_trainer(workers: int, step_s: float) -> None:
+    """Enough processors, constant times: the period is max(step, load / workers)."""
+    assert 1 / rate(workers=workers, load=constant(), step_s=step_s) == pytest.approx(
+        max(step_s, 0.1 / workers), rel=0.01
+    )
+
+
+def test_in_the_training_process_nothing_overlaps() -> None:
+    """load + step, exactly."""
+    found = simulate(Setup(workers=0, load=constant(), step_s=0.05), 10)
+    assert found.duration_s == pytest.approx(1.5)
+    assert found.wait_s == pytest.approx(1.0)
+    assert found.first_batch_s == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3.5, 8])
+@pytest.mark.parametrize("workers", [1, 2, 4, 16])
+def test_processors_are_the_limit(cores: float, workers: int) -> None:
+    """All work: the rate is min(workers, cores) / load, however many more workers there are."""
+    assert rate(workers=workers, load=constant(), cores=cores) == pytest.approx(10 * min(workers, cores), rel=0.01)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 32])
+def test_waiting_overlaps_and_work_does_not(workers: int) -> None:
+    """A quarter of the time is work, one processor. With constant times workers stay in step: all wait at once, then
+    all share the processor, so a round of n takes wait + n × work, however much more could overlap."""
+    found = rate(workers=workers, load=constant(work_fraction=0.25), cores=1, prefetch_factor=8)
+    assert found == pytest.approx(workers / (0.075 + 0.025 * workers), rel=0.01)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 32])
+def test_random_times_bring_workers_out_of_step(workers: int) -> None:
+    """Then it is the closed queueing network of one shared processor and a delay, which mean value analysis solves
+    (Reiser and Lavenberg, 1980); that takes wait and work as independent, which they are not here."""
+    load = LoadTime(mean_s=0.1, kind="exponential", work_fraction=0.25)
+    waiting = throughput = 0.0
+    for number in range(1, workers + 1):
+        response = 0.025 * (1 + waiting)
+        throughput = number / (response + 0.075)
+        waiting = throughput * response
+    found = rate(20_000, workers=workers, load=load, cores=1, prefetch_factor=200)
+    assert found == pytest.approx(throughput, rel=0.08)
+
+
+def test_crossing_is_serial() -> None:
+    """The training process takes one batch at a time: step + cross bounds whatever the workers do."""
+    assert 1 / rate(workers=64, load=constant(), step_s=0.01, cross_s=0.005) == pytest.approx(0.015, rel=0.01)
+
+
+def test_one_exponential_worker_and_a_constant_step() -> None:
+    """A queue M/D/1 with a full lookahead: with a deep one the rate is the slower side's; with equal rates and a
+    shallow one it is less than either."""
+    load = LoadTime(mean_s=0.1, kind="exponential")
+    assert rate(20_000, workers=1, load=load, step_s=0.05, prefetch_factor=100) == pytest.approx(10, rel=0.03)
+    assert rate(20_000, workers=1, load=load, step_s=0.2, prefetch_factor=100) == pytest.approx(5, rel=0.03)
+    assert rate(20_000, workers=1, load=load, step_s=0.1, prefetch_factor=1) < 8
+
+
+def test_no_lookahead_to_speak_of() -> None:
+    """One worker, one batch ahead, exponential load and a constant step D: it loads one while the trainer has the one
+    before, so the period is E[max(X, D)] = D + m exp(-D / m)."""
+    load = LoadTime(mean_s=0.1, kind="exponential")
+    wanted = 0.1 + 0.1 * math.exp(-1)
+    assert 1 / rate(50_000, workers=1, load=load, step_s=0.1, prefetch_factor=1) == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_mean_is_the_mean() -> None:
+    """Skewed and exponential times keep it, so one worker without a trainer is as fast as with constant ones."""
+    for kind in ("skewed", "exponential"):
+        assert rate(50_000, workers=1, load=constant(kind=kind)) == pytest.approx(10, rel=0.05)
+
+
+def test_stragglers_cost_less_with_more_lookahead() -> None:
+    """Batches are delivered in order: a slow one holds the others up, the less the further one looks ahead."""
+    facts = {"workers": 4, "load": constant(kind="skewed")}
+    assert rate(**facts, prefetch_factor=1) < 0.8 * rate(**facts, prefetch_factor=16) <= 0.8 * 42
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------
+
+
+def test_deaths_cost_a_restart_and_half_a_batch() -> None:
+    """One worker: between two deaths it is up for M on average, then away for R, and begins its batch anew: in a life
+    it loads M / (exp-lengthened batch) of them. Rate = exp(-L/M) / (1 - exp(-L/M)) / (M + R)."""
+    load_s, every_s, away_s = 0.1, 5.0, 1.0
+    found = simulate(Setup(workers=1, load=constant(), death_every_s=every_s, restart_s=away_s), 60_000)
+    per_life = math.exp(-load_s / every_s) / (1 - math.exp(-load_s / every_s))
+    assert found.batches == 60_000
+    assert not found.lost
+    assert found.batches_per_s == pytest.approx(per_life / (every_s + away_s), rel=0.03)
+    assert found.deaths / found.duration_s == pytest.approx(1 / (every_s + away_s), rel=0.1)
+
+
+def test_without_recovery_the_first_death_ends_the_job() -> None:
+    """After the time that the exponential law says, on average."""
+    setup = Setup(workers=4, load=constant(), death_every_s=100.0)
+    ends = [simulate(setup, 10**6, seed=seed) for seed in range(300)]
+    assert all(end.lost and end.deaths == 1 for end in ends)
+    assert sum(end.duration_s for end in ends) / 300 == pytest.approx(25, rel=0.2)
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    """And another seed is another one."""
+    setup = Setup(workers=3, load=LoadTime(mean_s=0.1, kind="exponential"), death_every_s=3.0, restart_s=0.5, cores=2)
+    assert simulate(setup, 500, seed=7) == simulate(setup, 500, seed=7)
+    assert simulate(setup, 500, seed=7) != simulate(setup, 500, seed=8)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 5])
+@pytest.mark.parametrize("workers", [0, 1, 8])
+def test_short_epochs(batches: int, workers: int) -> None:
+    """Every batch is delivered, and no more."""
+    found = simulate(Setup(workers=workers, load=constant(), step_s=0.01, start_s=1.0 if workers else 0.0), batches)
+    assert found.batches == batches
+    if batches:
+        assert found.first_batch_s == pytest.approx(1.1 if workers else 0.1)
+
+
+def test_many_ranks() -> None:
+    """Drawn and computed shares of lost jobs agree, and a small hazard times many workers is a large one."""
+    facts = {"workers": 8, "death_every_s": 1e8, "duration_s": 86_400.0, "stall_s": 2.0}
+    few, many = survive(ranks=8, **facts), survive(ranks=4096, **facts)
+    assert few.lost / few.jobs == pytest.approx(few.lost_expected, abs=0.03)
+    assert many.lost_expected > 0.99
+    assert many.lost == many.jobs
+    assert many.stalled_s_per_job == pytest.approx(2 * many.deaths_per_job)
