@@ -508,7 +508,10 @@ def run(row: Situation, mode: Mode, folder: Path) -> None:
             row.run(mode, folder)
             return
         told = folder / "failure"
-        process = mp.get_context("fork").Process(target=_in_a_child, args=(row.name, mode, folder, told))
+        # A forked child would inherit this process's fork server and resource tracker, of which it is not the parent:
+        # multiprocessing starts no worker there, with any loader.
+        method = "fork" if mode.method == "fork" else "spawn"
+        process = mp.get_context(method).Process(target=_in_a_child, args=(row.name, mode, folder, told))
         process.start()
         process.join()
         assert process.exitcode == 0, told.read_text() if told.exists() else f"exit code {process.exitcode}"
