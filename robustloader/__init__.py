@@ -42,6 +42,7 @@ from robustloader.events import (
 )
 from robustloader.loader import RobustDataLoader
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Retry, TelemetryPolicy
+from robustloader.sampling import ElasticDistributedBatchSampler, ElasticDistributedSampler
 from robustloader.telemetry import (
     ChromeTraceSink,
     EpochSummary,
@@ -61,6 +62,8 @@ __all__ = [
     "BatchInfo",
     "ChromeTraceSink",
     "Comparison",
+    "ElasticDistributedBatchSampler",
+    "ElasticDistributedSampler",
     "EpochFinished",
     "EpochProgressed",
     "EpochSummary",

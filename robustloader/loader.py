@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
@@ -14,7 +14,20 @@ from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
 from robustloader.engine.iterator import MultiprocessIterator
 from robustloader.engine.options import EngineOptions, EpochCounter, Measured
-from robustloader.errors import OptionError, warn_user
+from robustloader.engine.progress import Journal
+from robustloader.engine.resume import (
+    begin_next,
+    capture,
+    check_generators,
+    describe,
+    load_objects,
+    note_beginning,
+    reopen,
+    stateful_sampler,
+)
+from robustloader.engine.streams import Continuation, decode_streams
+from robustloader.errors import OptionError, StateError, warn_user
+from robustloader.events import FaultKind
 from robustloader.policies import (
     Action,
     FaultPolicy,
@@ -25,6 +38,7 @@ from robustloader.policies import (
     Transport,
     check_choice,
 )
+from robustloader.state import LoaderState, check_setting
 from robustloader.system import host, torch_private
 from robustloader.telemetry import EpochSummary, FaultLog, Recorder, Statistics
 
@@ -125,16 +139,42 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         self._desk = FaultDesk(fault_policy(faults))
         self._recorder = Recorder(telemetry)
         self._epochs = EpochCounter()
+        self._journal = Journal()
+        self._continuation = Continuation()
         self._measured = Measured()
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # --- iterating
+
+    def __iter__(self) -> Any:
+        """Begin an epoch; after ``load_state_dict``, go on with the one that was saved."""
+        loaded = self._journal.loaded
+        if loaded is not None and loaded.begun:
+            self.drop_iterator()
+            iterator = super().__iter__()
+            self._continuation.mark()
+            return iterator
+        with self._continuation.in_place():
+            self._journal.beginning = note_beginning(self)
+            iterator = super().__iter__()
+            if self._continuation.active and isinstance(iterator, InProcessIterator):
+                iterator.prime()
+            return iterator
 
     def make_iterator(self) -> Any:
         """A new iterator over one epoch; ``iter(loader)`` calls it."""
         if torch_private.is_datapipe(self.dataset):
             warn_datapipe()
             return self.make_torch_iterator()
+        state = self._journal.loaded
+        resume = None
+        if state is not None and state.begun:
+            resume = reopen(self, state, self._desk)
+            self._epochs.jump(state.epoch)
+            if resume.onward is not None:
+                self._continuation.begin(resume.onward)
+        elif self._journal.beginning is None:
+            self._journal.beginning = note_beginning(self)
         options = EngineOptions(
             faults=self._desk.policy,
             recovery=self.recovery,
@@ -144,19 +184,74 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             desk=self._desk,
             recorder=self._recorder,
             epochs=self._epochs,
+            journal=self._journal,
+            resume=resume,
+            stateful_sampler=stateful_sampler(self),
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
             dataset=self.dataset,
             measured=self._measured,
         )
         iterator: InProcessIterator | MultiprocessIterator
-        if self.num_workers == 0:
+        # What an iterable epoch began without workers has no shards to share out: its rest is loaded without them too.
+        alone = resume is not None and options.iterable and resume.state.workers == 0
+        if self.num_workers == 0 or alone:
             iterator = InProcessIterator(self, options)
         else:
             self.check_worker_number_rationality()
             iterator = MultiprocessIterator(self, options)
         self._iterators.add(iterator)
         return iterator
+
+    # --- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iterator created last stands, counted in batches that were delivered.
+
+        A fresh plain dict for ``torch.save``, ``torch.distributed.checkpoint`` or, where the indices and users' own
+        states allow it, JSON; about 30 kB, whatever the size of the dataset. Starts no worker and reads no data. Right
+        between two batches, from the thread that iterates.
+
+        Raises:
+            StateError: the dataset is one of torch's DataPipes, or what the sampler or an iterable dataset says of its
+                own state could not be had when it was asked.
+        """
+        self._refuse_datapipe()
+        return capture(
+            self, self._journal, self._desk, self._continuation.view(), upcoming=self._epochs.upcoming
+        ).to_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next ``iter(loader)`` go on where a loader like this one was when ``state_dict()`` was called.
+
+        It yields what was left of that epoch, which is nothing where only the end had not been seen yet; the epoch
+        after that is a full one. Any number of workers will do. The rest of an iterable epoch is loaded by as many
+        workers as it began with, or by the training process where either number is 0. What keeps its own state
+        (sampler, batch sampler, map-style dataset) and the loader's generator are given it back; the global random
+        generators are left alone. Only indices are walked through, when the epoch goes on; an iterable dataset that
+        keeps no state of its own is read again from the beginning of the epoch.
+
+        Raises:
+            StateError: the state is of another schema, or of a loader with another kind or length of dataset, batch
+                size, ``drop_last`` or sampler. Nothing has been changed then.
+        """
+        self._refuse_datapipe()
+        state = LoaderState.from_dict(state_dict)
+        check_setting(state, describe(self))
+        check_generators(self, state)
+        load_objects(self, state)
+        if not state.begun:
+            begin_next(self, state)
+        self._epochs.jump(state.epoch)
+        for key, kind in state.quarantine:
+            self._desk.quarantine.restore(key, cast(FaultKind, kind))
+        self._desk.budget.faults, self._desk.budget.samples = state.faults, state.samples
+        self._continuation.begin(decode_streams(state.streams_now))
+        self._journal.loaded = state
+
+    def _refuse_datapipe(self) -> None:
+        if torch_private.is_datapipe(self.dataset):
+            raise StateError("DataPipes are loaded by torch's own iterator, which has no state: use a dataset instead")
 
     # --- what happened
 

@@ -28,7 +28,10 @@ MAX_ROUNDS = 8
 
 @dataclass(slots=True, eq=False)
 class Result:
-    """What a task came to: a batch, or an error for the trainer. ``pinned`` is False while the pin thread has it."""
+    """What a task came to: a batch, or an error for the trainer. ``pinned`` is False while the pin thread has it.
+
+    Of an iterable dataset: which ``shard``, after how many ``calls``, and the ``snapshot`` of what keeps its own state.
+    """
 
     batch: Any = None
     error: BaseException | None = None
@@ -38,6 +41,9 @@ class Result:
     worker_id: int | None = None
     report: Report | None = None
     pinned: bool = True
+    shard: int = -1
+    calls: int = 0
+    snapshot: bytes | str | None = None
 
 
 class Books:
@@ -63,12 +69,12 @@ class Books:
         self._in_order = in_order
         self._base_seed = base_seed
 
-    def begin(self, recording: EpochRecording, *, poison_after: int) -> None:
-        """Begin an epoch with empty pages."""
+    def begin(self, recording: EpochRecording, *, poison_after: int, first: int = 0) -> None:
+        """Begin an epoch with empty pages; a resumed one with task ``first``."""
         self.run += 1
         self.epoch = recording.epoch
         self.recording = recording
-        self.ledger = Ledger(in_order=self._in_order)
+        self.ledger = Ledger(in_order=self._in_order, _next_id=first)
         self.blame = Blame(poison_after)
         self.spares = SpareReservoir(seed=self._base_seed, epoch=self.epoch)
         self.queue: list[Task] = []
@@ -87,6 +93,13 @@ class Books:
                 left_out = [task.samples[position] for position in task.avoid]
                 self.desk.left_out(left_out, self.recording, task=task.id)
         return task
+
+    def pass_over(self, indices: Any) -> None:
+        """A task that was delivered before the epoch was resumed."""
+        task = self.ledger.skip()
+        if self.desk.repairs:
+            self.spares.observe(task, as_list(indices, batched=self.batched))
+            self.spares.close(task)
 
     def avoid_known(self, task: Task) -> None:
         """Provide for what must not be fetched, and for what may turn out bad."""

@@ -68,10 +68,11 @@ class Slot:
             (the pool goes on without it), or "" for none of it; ``held_bytes`` and ``leaving_reason`` tell more.
         recycled: the next process follows one that was replaced, not one that died.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
-        ended, batches, calls, deaths, kills, rng, orders: iterable only. Whether this shard has ended, how many of its
-            batches have arrived, how often its stream was read for them, how many processes have died at that point by
-            themselves and how many were killed from outside, the random states it began the epoch with (None: those of
-            its seed), and tasks to be sent once there is a process.
+        ended, batches, calls, deaths, kills, rng, snapshot, orders: iterable only. Whether this shard has ended, how
+            many of its batches have arrived, how often its stream was read for them, how many processes have died at
+            that point by themselves and how many were killed from outside, the random states it began the epoch with
+            (None: those of its seed), where its stream stands if it can tell (for a successor), and tasks to be sent
+            once there is a process.
     """
 
     worker_id: int
@@ -93,6 +94,7 @@ class Slot:
     deaths: int = 0
     kills: int = 0
     rng: Any = None
+    snapshot: bytes | None = None
     orders: deque[Task] = field(default_factory=deque)
 
     @property
@@ -161,9 +163,12 @@ class Crew:
         return sum(slot.state in ("live", "waiting", "starting") for slot in self.slots)
 
     def start_all(self, details: Details, workers: int) -> Exception | None:
-        """Start the first processes of the first ``workers`` slots. What one raises comes back; those started before
-        stay."""
-        for slot in self.slots[:workers]:
+        """Start the first processes of the first ``workers`` slots that have something to load. What one raises comes
+        back; those started before stay."""
+        for slot in self.slots:
+            if slot.ended:  # before the epoch was resumed
+                slot.state = "ended"
+        for slot in [slot for slot in self.slots if not slot.ended][:workers]:
             try:
                 slot.worker = self.pool.start(slot.worker_id, slot.incarnation, **details(slot))
             except Exception as error:
@@ -252,7 +257,7 @@ class Crew:
     def schedule(self, slot: Slot) -> None:
         """Restart the slot's worker when its backoff is over."""
         slot.state, slot.recycled = "waiting", False
-        slot.waited_s = self.budget.delay_s(slot.streak)
+        slot.waited_s = self.budget.delay_s(slot.streak) if self.policy is not None else 0.0
         slot.due_ns = time.monotonic_ns() + int(slot.waited_s * 1e9)
 
     def let_go(self, slot: Slot, limit_bytes: int | None) -> None:

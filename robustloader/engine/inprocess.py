@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +17,29 @@ from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.books import MAX_ROUNDS, loaded_indices, spares_for
 from robustloader.engine.faults import add_note, rebuild
 from robustloader.engine.options import EngineOptions
+from robustloader.engine.progress import Resumption, ShardProgress
+from robustloader.engine.resume import shard_progress
 from robustloader.errors import SampleError
 from robustloader.events import BatchInfo
+from robustloader.state import LoaderState
 from robustloader.system import host, torch_private
 from robustloader.transport.messages import Fetch, Raised, Report
 from robustloader.worker.collate import Stacker
-from robustloader.worker.fetch import Broken, Ended, Loaded, Outcome, Plan, Short, make_fetcher
+from robustloader.worker.fetch import (
+    Broken,
+    Ended,
+    IterableFetcher,
+    Loaded,
+    MapFetcher,
+    Outcome,
+    Plan,
+    Short,
+    make_fetcher,
+)
 from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
+from robustloader.worker.stateful import pickled_snapshot, restored_fetcher, take_snapshot
 
-__all__ = ["InProcessIterator", "StandIn", "batch_nbytes", "count_tensors"]
+__all__ = ["InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
 
 
 def batch_nbytes(batch: Any, depth: int = 3) -> int:
@@ -54,8 +69,14 @@ class InProcessIterator(torch_private.LoaderIterator):
     """
 
     def __init__(self, loader: DataLoader[Any], options: EngineOptions) -> None:
-        super().__init__(loader)
-        if self.timeout_s != 0:
+        resume = options.resume
+        if resume is None:
+            super().__init__(loader)
+        else:
+            state = resume.state
+            super().__init__(loader, indices=resume.indices, base_seed=state.base_seed, yielded=state.delivered)
+        self.once = self.num_workers != 0  # the rest of an epoch that began otherwise
+        if self.timeout_s != 0 and not self.once:
             raise AssertionError("_SingleProcessDataLoaderIter requires timeout == 0")
         self._options = options
         self._desk = options.desk
@@ -65,22 +86,58 @@ class InProcessIterator(torch_private.LoaderIterator):
         )
         self._spares = SpareReservoir(seed=self.base_seed, epoch=self.epoch)
         self._task = 0
+        self._taken: frozenset[int] = frozenset()
+        if resume is not None:
+            self._spares, self._task, self._taken = resume.spares, resume.state.delivered, frozenset(resume.state.ahead)
         self._returned_ns = 0
         self._ahead: list[Any] = []
         self._error: Exception | None = None
         self.batch_info: BatchInfo | None = None
         self.active_workers = 0
-        self._fetcher = make_fetcher(
-            Plan(
-                dataset=options.dataset,
-                iterable=options.iterable,
-                batched=options.batched,
-                collate_fn=self.collate_fn,
-                drop_last=loader.drop_last,
-                faults=options.faults,
-                where="in the training process",
-            )
+        plan = Plan(
+            dataset=options.dataset,
+            iterable=options.iterable,
+            batched=options.batched,
+            collate_fn=self.collate_fn,
+            drop_last=loader.drop_last,
+            faults=options.faults,
+            where="in the training process",
         )
+        self._progress = options.journal.begin(
+            self,
+            epoch=self.epoch,
+            opening="is",
+            iterable=options.iterable,
+            sampler=options.stateful_sampler,
+            resume=resume,
+        )
+        self._progress.read(self._task - 1, self._spares)
+        self._fetcher: MapFetcher | IterableFetcher | Shards
+        if resume is None or not options.iterable:
+            self._fetcher = make_fetcher(plan)
+        else:
+            self._progress.shards = [shard_progress(shard) for shard in resume.state.shards]
+            self._fetcher = self._resume_stream(loader, plan, resume)
+        if not isinstance(self._fetcher, Shards):
+            self._progress.stream = self._fetcher
+
+    def _resume_stream(self, loader: DataLoader[Any], plan: Plan, resume: Resumption) -> IterableFetcher | Shards:
+        shards, indices = self._progress.shards, self.next_indices()
+        if resume.state.workers:
+            return Shards(self._options, loader, self.collate_fn, shards, indices, resume.state)
+        shard = shards[0]
+        if shard.snapshot is not None:
+            return restored_fetcher(plan, pickle.loads(shard.snapshot))
+        with preserve_rng():
+            restore_rng(resume.beginning.streams)
+            fetcher = IterableFetcher(plan)
+            for _ in range(shard.calls):
+                fetcher.fetch(Fetch(0, -1, indices))
+        return fetcher
+
+    def prime(self) -> None:
+        """Read the sampler once now: what it draws then belongs to the beginning of the epoch."""
+        self._look_ahead(self._task + 1)
 
     def next_batch(self) -> Any:
         """Load the next batch."""
@@ -92,6 +149,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         try:
             batch = self._load()
         except StopIteration:
+            self._progress.finished = True
             self._close_recording(complete=True)
             raise
         now = time.monotonic_ns()
@@ -100,8 +158,12 @@ class InProcessIterator(torch_private.LoaderIterator):
         return batch
 
     def _load(self) -> Any:
-        desk, task, batched = self._desk, self._task, self._options.batched
-        indices = self._ahead.pop(0) if self._ahead else once_only(self.next_indices())
+        desk, batched = self._desk, self._options.batched
+        indices = self._read()
+        while self._task in self._taken:
+            self._pass_over(indices)
+            indices = self._read()
+        task = self._task
         self._task += 1
         samples: list[Any] = []
         avoid: tuple[int, ...] = ()
@@ -110,10 +172,13 @@ class InProcessIterator(torch_private.LoaderIterator):
             samples = as_list(indices, batched=batched)
             if self._spares.observed <= task:
                 self._spares.observe(task, samples)
+                self._progress.read(task, self._spares)
             avoid = positions_of(samples, desk.known_bad) if desk.known_bad else ()
             spares = spares_for(self._spares, desk, task, len(avoid))
             if avoid:
                 desk.left_out([samples[p] for p in avoid], self._recording, task=task)
+        elif not self._options.iterable:
+            self._progress.read(task, self._spares)
         begun = time.monotonic_ns()
         desk.budget.fetched(count_indices(indices) if batched else 1)
         outcome = self._fetch(Fetch(0, task, indices, spares, avoid))
@@ -131,6 +196,14 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._take(outcome.report, task)
         if isinstance(outcome, Ended):
             raise StopIteration
+        sharded = isinstance(self._fetcher, Shards)
+        self._progress.deliver(
+            task,
+            shard=self._fetcher.last if sharded else 0,  # type: ignore[union-attr]
+            calls=self._fetcher.calls,
+            loaded=isinstance(outcome, Loaded),
+            snapshot=self._fetcher.snapshot() if sharded else None,  # type: ignore[union-attr]
+        )
         if isinstance(outcome, Broken):
             self._raise(outcome)
         assert isinstance(outcome, Loaded)
@@ -146,6 +219,17 @@ class InProcessIterator(torch_private.LoaderIterator):
             load_s=load_ns / 1e9,
         )
         return torch_private.pin_memory(batch, self.pin_device) if self.pins else batch
+
+    def _read(self) -> Any:
+        return self._ahead.pop(0) if self._ahead else once_only(self.next_indices())
+
+    def _pass_over(self, indices: Any) -> None:
+        """This task was delivered before the epoch was resumed."""
+        if self._spares.observed <= self._task:
+            self._spares.observe(self._task, as_list(indices, batched=self._options.batched))
+            self._progress.read(self._task, self._spares)
+        self._spares.close(self._task)
+        self._task += 1
 
     def _fetch(self, order: Fetch) -> Outcome:
         if self._options.seeding == "batch" and not self._options.iterable:
@@ -168,7 +252,9 @@ class InProcessIterator(torch_private.LoaderIterator):
             while not self._options.iterable and self._spares.observed < tasks:
                 ahead = once_only(self.next_indices())
                 self._ahead.append(ahead)
-                self._spares.observe(self._spares.observed, as_list(ahead, batched=self._options.batched))
+                task = self._spares.observed
+                self._spares.observe(task, as_list(ahead, batched=self._options.batched))
+                self._progress.read(task, self._spares)
 
     def _raise(self, outcome: Broken) -> None:
         error = outcome.error
@@ -190,9 +276,15 @@ class InProcessIterator(torch_private.LoaderIterator):
         except (TypeError, NotImplementedError):  # a sampler without length
             complete = False
         self._close_recording(complete=complete)
+        if self._progress.stream is not None and not self._progress.finished:
+            with contextlib.suppress(Exception):  # a user's state_dict, where it can be told to nobody
+                taken = take_snapshot(self._progress.stream, with_rng=False)
+                if taken is not None:
+                    self._progress.shards[0].snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+        self._progress.stream = None
 
     def __del__(self) -> None:
-        if hasattr(self, "_recording"):
+        if hasattr(self, "_progress"):
             self.close()
 
 
@@ -217,6 +309,7 @@ class StandIn:
         skip: int = 0,
         indices: Any = None,
         rng: Any = None,
+        snapshot: bytes | None = None,
     ) -> None:
         self._options = options
         self._base_seed = base_seed
@@ -234,19 +327,28 @@ class StandIn:
                 worker_init_fn(worker_id)
             if rng is not None:
                 restore_rng(rng)
-            self._fetcher = make_fetcher(
-                Plan(
-                    dataset=dataset,
-                    iterable=options.iterable,
-                    batched=options.batched,
-                    collate_fn=collate_fn,
-                    drop_last=drop_last,
-                    faults=options.faults,
-                    where="in the training process",
-                )
+            plan = Plan(
+                dataset=dataset,
+                iterable=options.iterable,
+                batched=options.batched,
+                collate_fn=collate_fn,
+                drop_last=drop_last,
+                faults=options.faults,
+                where="in the training process",
             )
+            self._fetcher = make_fetcher(plan) if snapshot is None else restored_fetcher(plan, pickle.loads(snapshot))
             for _ in range(skip):
                 self._fetcher.fetch(Fetch(0, -1, indices))
+
+    @property
+    def calls(self) -> int:
+        """How often the stream was read."""
+        return self._fetcher.calls
+
+    def snapshot(self) -> bytes | str | None:
+        """Where the stream stands, pickled; None where neither it nor its dataset can tell, a string on failure."""
+        with self._as_worker():
+            return pickled_snapshot(self._fetcher)
 
     @contextlib.contextmanager
     def _as_worker(self) -> Iterator[None]:
@@ -259,3 +361,74 @@ class StandIn:
             if self._options.seeding == "batch" and not self._options.iterable:
                 seed_batch(self._base_seed, epoch, order.task)
             return self._fetcher.fetch(order)
+
+
+class Shards:
+    """Stand-ins for all the workers that an iterable epoch began with, read in turn: the rest of it is what they would
+    have loaded, in their order.
+
+    Attributes:
+        last: the shard that was read last; ``calls``: how often.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        loader: DataLoader[Any],
+        collate_fn: Any,
+        shards: list[ShardProgress],
+        indices: Any,
+        state: LoaderState,
+    ) -> None:
+        self._epoch = state.epoch
+        self._shards = shards
+        self._stand_ins: list[StandIn | None] = [
+            None
+            if shard.final is not None
+            else StandIn(
+                options,
+                collate_fn=collate_fn,
+                drop_last=loader.drop_last,
+                worker_init_fn=loader.worker_init_fn,
+                worker_id=number,
+                num_workers=state.workers,
+                base_seed=state.base_seed,
+                skip=shard.calls - calls_of(shard.snapshot),
+                indices=indices,
+                rng=shard.rng,
+                snapshot=shard.snapshot,
+            )
+            for number, shard in enumerate(shards)
+        ]
+        self.last = (state.next_shard - 1) % len(shards)
+        self.calls = 0
+
+    def fetch(self, order: Fetch) -> Outcome:
+        """Load the next batch of the shard whose turn it is."""
+        ended: Outcome = Ended(None)
+        while any(self._stand_ins):
+            self.last = (self.last + 1) % len(self._stand_ins)
+            stand_in = self._stand_ins[self.last]
+            if stand_in is None:
+                continue
+            outcome = stand_in.fetch(order, self._epoch)
+            self.calls = stand_in.calls
+            if isinstance(outcome, Short):
+                self.last -= 1  # this shard's turn is not over
+                return outcome
+            if not isinstance(outcome, Ended):
+                return outcome
+            self._stand_ins[self.last] = None
+            self._shards[self.last].final = 0
+            ended = outcome
+        return ended
+
+    def snapshot(self) -> bytes | str | None:
+        """Where the stream of the last shard stands."""
+        stand_in = self._stand_ins[self.last]
+        return None if stand_in is None else stand_in.snapshot()
+
+
+def calls_of(snapshot: bytes | None) -> int:
+    """How often a stream had been read when its snapshot was taken."""
+    return 0 if snapshot is None else int(pickle.loads(snapshot).calls)

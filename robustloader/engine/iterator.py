@@ -26,12 +26,14 @@ from robustloader.decisions.limits import plan_recycle
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
-from robustloader.engine.inprocess import StandIn, batch_nbytes
+from robustloader.engine.inprocess import StandIn, batch_nbytes, calls_of
 from robustloader.engine.memory import MemoryGuard, arena_limits
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
+from robustloader.engine.progress import Resumption
 from robustloader.engine.recovery import Recovery
+from robustloader.engine.resume import shard_progress
 from robustloader.errors import ResourceError, SampleError, WorkerStartError
 from robustloader.events import BatchInfo, TaskReplayed, TransportDegraded
 from robustloader.system import host, torch_private
@@ -55,6 +57,7 @@ from robustloader.transport.messages import (
 )
 from robustloader.worker.fetch import Broken, Ended, Loaded, Short
 from robustloader.worker.process import Cargo, Setup
+from robustloader.worker.seeding import worker_seed
 
 __all__ = ["MultiprocessIterator"]
 
@@ -92,7 +95,17 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     """
 
     def __init__(self, loader: DataLoader[Any], options: EngineOptions) -> None:
-        super().__init__(loader)
+        resume = options.resume
+        if resume is None:
+            super().__init__(loader)
+        else:
+            state = resume.state
+            super().__init__(loader, indices=resume.indices, base_seed=state.base_seed, yielded=state.delivered)
+        self._resume_from = resume
+        # An iterable epoch keeps its shards to its end; the loader's own number of workers comes with the next one.
+        self.once = resume is not None and options.iterable and resume.state.workers != self.num_workers
+        if resume is not None and self.once:
+            self.num_workers = resume.state.workers
         prefetch_factor = 2 if loader.prefetch_factor is None else loader.prefetch_factor
         if prefetch_factor <= 0:
             raise AssertionError("prefetch_factor must be greater than 0 for MultiProcessingDataLoaderIter")
@@ -101,7 +114,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._wanted_prefetch = self._prefetch = prefetch_factor
         self._in_order = bool(getattr(loader, "in_order", True))
         self._drop_last = loader.drop_last
-        self._persistent = loader.persistent_workers
+        self._persistent = loader.persistent_workers and not self.once
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
         self._arena, self._no_arena = arena_limits(options.transport, options.memory, self.num_workers)
@@ -120,7 +133,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             Setup,
             cargo=Cargo(options.dataset, self.collate_fn, loader.worker_init_fn, options.faults),
             num_workers=self.num_workers,
-            base_seed=self.base_seed,
+            base_seed=self._stream_seed(),
             seed_batches=options.seeding == "batch" and not options.iterable,
             iterable=options.iterable,
             batched=options.batched,
@@ -150,12 +163,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._recovery = Recovery(self._books, self._crew, self._policy)
         try:
             self._open_books()
+            if resume is not None and options.iterable:
+                self._resume_shards(resume)
             self._start_workers(startable, shortage)
             if self.pins:
                 pin = functools.partial(torch_private.pin_memory, device=self.pin_device)
                 self._books.pinner = Pinner(pin, torch.accelerator.current_device_index(), self._pool.wake)
                 self._resources.pinner = self._books.pinner
             self.reset(loader, first=True)
+            self._resume_from = None
             if self._worker_init_fn is not None:
                 self._await_starts()
         except BaseException:
@@ -178,7 +194,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._degraded: set[int | None] = set()
         if self._no_arena:
             self._note_degraded(None, self._no_arena)
-        self._books.begin(recording, poison_after=self._policy.poison_after if self._policy else 1)
+        resume = self._resume_from
+        self._books.begin(
+            recording,
+            poison_after=self._policy.poison_after if self._policy else 1,
+            first=resume.state.delivered if resume is not None else 0,
+        )
+        self._taken = frozenset(resume.state.ahead) if resume is not None else frozenset()
+        if resume is not None:
+            self._books.spares = resume.spares
         self._cycle = 0
         self._put_ahead = 0
         self._returned_ns = self._looked_ns = self._asked_ns = self._lay_ready = 0
@@ -186,11 +210,47 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._stand_in: StandIn | None = None
         self._stream_indices: Any = None
 
+    def _stream_seed(self) -> int:
+        """What the workers' random streams are seeded from: torch's base seed; in a resumed epoch of a map-style
+        dataset another one, or they would repeat what the epoch began with."""
+        resume, options = self._resume_from, self._options
+        if resume is None or options.iterable or options.seeding == "batch" or not resume.state.delivered:
+            return self.base_seed
+        return worker_seed(self.base_seed, resume.state.delivered, 1 << 21)
+
+    def _resume_shards(self, resume: Resumption) -> None:
+        """Put every shard where it stood."""
+        self._stream_indices = self.next_indices()
+        self._cycle = resume.state.next_shard
+        for slot, shard in zip(self._crew.slots, resume.state.shards, strict=True):
+            progress = shard_progress(shard)
+            slot.calls, slot.batches, slot.rng, slot.snapshot = (
+                progress.calls,
+                progress.batches,
+                progress.rng,
+                progress.snapshot,
+            )
+            slot.ended = progress.final is not None
+
+    def _begin_progress(self, *, first: bool) -> None:
+        self._progress = self._options.journal.begin(
+            self,
+            epoch=self._books.epoch,
+            opening="isi" if first else "i",
+            iterable=self._options.iterable,
+            sampler=self._options.stateful_sampler,
+            resume=self._resume_from,
+        )
+        if self._resume_from is not None and self._options.iterable:
+            self._progress.shards = [shard_progress(shard) for shard in self._resume_from.state.shards]
+        self._progress.read(self._books.ledger.next_id - 1, self._books.spares)
+
     def _start_details(self, slot: Slot) -> dict[str, Any]:
         return {
             "epoch": self._books.epoch,
             "run": self._books.run,
-            "skip": slot.calls if self._options.iterable else 0,
+            "skip": slot.calls - calls_of(slot.snapshot) if self._options.iterable else 0,
+            "snapshot": slot.snapshot,
             "indices": self._stream_indices,
             "rng": slot.rng,
             "arena": self._arena,
@@ -206,7 +266,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         # EAGAIN and ENOMEM, or the assertion that a daemonic process has no children: nothing a retry would mend.
         if not isinstance(error, (OSError, AssertionError, ResourceError)):
             raise WorkerStartError(f"a worker process could not be started: {error}") from error
-        self._recovery.without([slot for slot in self._crew.slots if slot.worker is None], error)
+        missing = [slot for slot in self._crew.slots if slot.worker is None and not slot.ended]
+        self._recovery.without(missing, error)
 
     def _await_starts(self) -> None:
         """Wait until every worker has run ``worker_init_fn``, so that what it raised is raised by ``iter()``."""
@@ -224,6 +285,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._recovery.orphans.clear()
             for slot in self._crew.slots:
                 slot.ended, slot.batches, slot.calls, slot.deaths, slot.kills, slot.rng = False, 0, 0, 0, 0, None
+                slot.snapshot = None
                 slot.orders.clear()
                 slot.trials.clear()
                 slot.trial = None
@@ -241,7 +303,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._recovery.orphans.append(slot)
         self._crew.memory_low = False
         self._prefetch = self._guard.begin_epoch(self._wanted_prefetch, self.num_workers, self._books.recording)
-        for _ in range(self._prefetch * self.num_workers):
+        self._begin_progress(first=first)
+        for _ in range(self._prefetch * sum(not slot.ended for slot in self._crew.slots)):
             self._put()
 
     def _resume(self, worker: Worker) -> None:
@@ -254,6 +317,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         """Read what the sampler yields next and give it to a worker, as torch would."""
         try:
             indices = once_only(self.next_indices())
+            while self._books.ledger.next_id in self._taken:
+                self._books.pass_over(indices)
+                self._progress.read(self._books.ledger.next_id - 1, self._books.spares)
+                indices = once_only(self.next_indices())
         except StopIteration:
             self._drained = True
             return
@@ -264,6 +331,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 self._ask(slot)
             return
         task = self._books.open(indices)
+        self._progress.read(task.id, self._books.spares)
         chosen = None if self._recovery.local or self._books.closing else self._choose()
         if chosen is None:
             self._books.requeue(task)
@@ -407,6 +475,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         else:
             self._put()
         self._crew.delivered()
+        self._progress.deliver(
+            task.id,
+            shard=result.shard,
+            calls=result.calls,
+            loaded=result.error is None,
+            snapshot=result.snapshot,
+        )
         self._resources.all_delivered = self._drained and not len(books.ledger)
         batch, error = result.batch, result.error
         task.result = result.batch = result.error = None  # batch_info needs the rest, and must not keep these alive
@@ -419,7 +494,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         return batch
 
     def _finish(self) -> None:
-        self._resources.all_delivered = True
+        self._progress.finished = self._resources.all_delivered = True
         self._resources.close_recording()
         if not self._persistent:
             self.close()
@@ -565,7 +640,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif isinstance(message, Failed):
             index = report.faults[-1].index if report is not None and report.faults else None
             error = rebuild(message.raised, index=index, worker_id=worker.worker_id, pid=worker.pid)
-            books.arrive(task, Result(error=error, worker_id=worker.worker_id, report=report))
+            failed = Result(error=error, worker_id=worker.worker_id, report=report)
+            failed.shard, failed.calls = slot.worker_id, message.calls
+            books.arrive(task, failed)
         elif isinstance(message, Unfilled):
             self._on_unfilled(task, slot, message)
         elif isinstance(message, Exhausted):
@@ -602,7 +679,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             load_ns=message.load_ns,
             worker_id=worker.worker_id,
             report=message.report,
+            shard=slot.worker_id,
+            calls=message.calls,
+            snapshot=message.snapshot,
         )
+        if isinstance(message.snapshot, bytes):
+            slot.snapshot = message.snapshot
         self._books.arrive(task, result)
         if message.held_bytes:
             self._on_heavy(slot, worker, message.held_bytes)
@@ -619,7 +701,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             desk.enter(fault, books.recording, task=task.id, worker_id=worker.worker_id, pid=worker.pid)
         if final:
             slot.batches += 1
-            books.arrive(task, Result(error=rebuild(raised, index=None, worker_id=worker.worker_id, pid=worker.pid)))
+            failed = Result(error=rebuild(raised, index=None, worker_id=worker.worker_id, pid=worker.pid))
+            failed.shard, failed.calls = slot.worker_id, slot.calls
+            books.arrive(task, failed)
             return
         if task.verify:  # each sample survives the crossing alone, the batch does not
             task.avoid = tuple(range(len(task.samples)))
@@ -657,6 +741,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _on_exhausted(self, slot: Slot) -> None:
         """This worker's share of an iterable dataset has ended."""
         slot.ended = True
+        self._progress.shards[slot.worker_id].final = slot.batches
         self._books.withdraw_stream(slot.worker_id)
         slot.orders.clear()
         if slot.worker is not None and (not self._persistent or self._recovery.orphans):
@@ -789,8 +874,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 worker_id=slot.worker_id if slot is not None else 0,
                 num_workers=self.num_workers,
                 base_seed=self.base_seed,
-                skip=slot.calls if slot is not None else 0,
+                skip=slot.calls - calls_of(slot.snapshot) if slot is not None else 0,
                 rng=slot.rng if slot is not None else None,
+                snapshot=slot.snapshot if slot is not None else None,
                 indices=self._stream_indices,
             )
         task.attempt += 1
@@ -827,12 +913,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         load_ns = time.monotonic_ns() - begun
         if isinstance(outcome, Ended):
             books.ledger.withdraw(task)
-            self._recovery.orphans.popleft()
+            ended = self._recovery.orphans.popleft()
+            self._progress.shards[ended.worker_id].final = ended.batches
             self._stand_in = None
         elif isinstance(outcome, Broken):
             index = outcome.report.faults[-1].index if outcome.report.faults else None
             raised = Raised.of(outcome.error, "in the training process")
             books.fail(task, rebuild(raised, index=index, worker_id=None, pid=None))
+            if slot is not None:
+                task.result.shard, task.result.calls = slot.worker_id, stand_in.calls
         elif isinstance(outcome, Loaded):
             if slot is not None:
                 slot.batches += 1
@@ -840,6 +929,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             books.recording.worker_task(None, outcome.samples, load_ns, 0, task.id, None, begun)
             nbytes = batch_nbytes(outcome.batch)
             result = Result(outcome.batch, None, outcome.samples, nbytes, load_ns, None, outcome.report)
+            if slot is not None:
+                result.shard, result.calls = slot.worker_id, stand_in.calls
+                result.snapshot = stand_in.snapshot()
             books.arrive(task, result)
 
     # --- the end

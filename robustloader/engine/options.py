@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustloader.engine.faults import FaultDesk
+from robustloader.engine.progress import Journal, Resumption
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding, Transport
 from robustloader.telemetry import Recorder
 
@@ -23,6 +24,15 @@ class EpochCounter:
         epoch = self._next
         self._next += 1
         return epoch
+
+    @property
+    def upcoming(self) -> int:
+        """The number that the next epoch gets."""
+        return self._next
+
+    def jump(self, epoch: int) -> None:
+        """Let the next epoch be this one."""
+        self._next = epoch
 
 
 @dataclass
@@ -44,6 +54,9 @@ class EngineOptions:
 
     Attributes:
         epochs: numbers the epochs of the loader, over all its iterators.
+        journal: where the iterators note what they delivered.
+        resume: None, or where the epoch goes on that the next iterator is for.
+        stateful_sampler: the sampler that keeps its own state; None where none does.
         iterable, batched: the kind of dataset, and whether the loader makes batches itself.
     """
 
@@ -55,6 +68,9 @@ class EngineOptions:
     desk: FaultDesk
     recorder: Recorder
     epochs: EpochCounter
+    journal: Journal
+    resume: Resumption | None
+    stateful_sampler: Any
     iterable: bool
     batched: bool
     dataset: Any

@@ -34,6 +34,7 @@ class Quarantine:
         self._path = None if path is None else os.fspath(path)
         self._writable = True
         self.kinds: dict[Key, FaultKind] = {}
+        self.added: dict[Key, FaultKind] = {}
         if self._path is not None:
             self.kinds.update(_read(self._path))
 
@@ -44,7 +45,11 @@ class Quarantine:
 
     def add(self, index: Any, kind: FaultKind = "poison") -> None:
         """Never fetch this sample again in this run."""
-        self.kinds[index_key(index)] = kind
+        self.restore(index_key(index), kind)
+
+    def restore(self, key: Key, kind: FaultKind) -> None:
+        """The same, for a key that a state has kept. ``added`` holds what is not, or not only, in the file."""
+        self.kinds[key] = self.added[key] = kind
 
     def record(self, fault: FaultRecord) -> None:
         """Never fetch this sample again in this run or, through the file, in a later one."""

@@ -164,9 +164,17 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
 
     def __iter__(self) -> Any:
         """A new epoch; with ``persistent_workers``, by the workers of the one before unless an error ended them."""
-        if self._iterator is not None and getattr(self._iterator, "closed", False):
-            self._iterator = None
+        if self._iterator is not None and (
+            getattr(self._iterator, "closed", False) or getattr(self._iterator, "once", False)
+        ):
+            self.drop_iterator()
         return super().__iter__()
+
+    def drop_iterator(self) -> None:
+        """Close the persistent iterator, if there is one: the next epoch gets another."""
+        if self._iterator is not None and hasattr(self._iterator, "close"):
+            self._iterator.close()
+        self._iterator = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the persistent iterator, which cannot leave its process."""
@@ -176,16 +184,40 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
         return self.make_iterator()
 
 
+class _Opened:
+    """A loader as torch's constructor may see it when an epoch is resumed: its sampler and generator are left alone."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self._index_sampler = ()
+        self.generator = torch.Generator()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
 class LoaderIterator(_BaseDataLoaderIter):
     """Base of our iterators: torch's bookkeeping (sampler, base seed, pinning, warnings) under names of ours.
 
     torch's constructor, in this order, warns about pinning, calls ``iter()`` on the sampler and draws the base seed
     from the loader's generator; ``__next__`` counts batches and warns when an iterable dataset yields more than its
     ``len()``. Both are kept by not repeating them.
+
+    Args:
+        indices: of an epoch that is resumed: what its sampler yields from there on. The sampler and the generators have
+            been seen to, with ``base_seed``, after ``yielded`` batches.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        super().__init__(loader)
+    def __init__(
+        self, loader: DataLoader[Any], *, indices: Iterator[Any] | None = None, base_seed: int = 0, yielded: int = 0
+    ) -> None:
+        super().__init__(loader if indices is None else _Opened(loader))  # type: ignore[arg-type]
+        self._reopened = indices is not None
+        if indices is not None:
+            self._index_sampler = loader._index_sampler
+            self._sampler_iter = indices
+            self._base_seed = base_seed
+            self._num_yielded = yielded
         self.num_workers: int = self._num_workers
         self.collate_fn: Callable[[Any], Any] = self._collate_fn
         self.timeout_s: float = self._timeout
@@ -207,7 +239,15 @@ class LoaderIterator(_BaseDataLoaderIter):
 
     def reset(self, loader: DataLoader[Any], *, first: bool) -> None:
         """Call ``iter()`` on the sampler (again) and begin an epoch."""
-        self._reset(loader, first)
+        if first and self._reopened:
+            self.begin_epoch(loader, first=True)
+        else:
+            self._reset(loader, first)
+
+    @property
+    def holds_batch(self) -> bool:
+        """Whether a batch is kept that a warning was raised in place of."""
+        return bool(self._kept)
 
     def processes(self) -> list[Any]:
         """The worker processes, in the order of their ids."""

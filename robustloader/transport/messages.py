@@ -155,7 +155,8 @@ class Fetched(NamedTuple):
 
     ``calls``, here and below, is how often the worker has read from its stream (iterable datasets). ``trouble`` says
     why the batch did not go through the arena, where it should have. It began to load at ``begun_ns`` on the monotonic
-    clock, which all processes of a machine share, took ``load_ns``, and was sent at ``sent_ns``.
+    clock, which all processes of a machine share, took ``load_ns``, and was sent at ``sent_ns``. ``snapshot`` is the
+    pickled state after it of a dataset or stream that keeps its own; a string says why there is none.
     """
 
     run: int
@@ -169,6 +170,7 @@ class Fetched(NamedTuple):
     begun_ns: int = 0
     sent_ns: int = 0
     held_bytes: int = 0
+    snapshot: bytes | str | None = None
 
 
 class Unfilled(NamedTuple):

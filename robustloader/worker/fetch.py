@@ -475,6 +475,7 @@ class IterableFetcher:
 
     Attributes:
         calls: how often ``fetch`` has read from the stream. As many calls put a successor where this one is.
+        stream: what ``iter(dataset)`` returned.
 
     *Source*: ``_IterableDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13.
     """
@@ -482,13 +483,13 @@ class IterableFetcher:
     plan: Plan
     ended: bool = False
     calls: int = 0
-    _stream: Iterator[Any] = field(init=False)
+    stream: Iterator[Any] = field(init=False)
     _values: list[Any] = field(default_factory=list)
     _collated: list[Any] = field(default_factory=list)
     _reason: str = ""
 
     def __post_init__(self) -> None:
-        self._stream = iter(self.plan.dataset)
+        self.stream = iter(self.plan.dataset)
 
     def fetch(self, order: Fetch) -> Outcome:
         """Load one task."""
@@ -563,7 +564,7 @@ class IterableFetcher:
             if beacon:
                 beacon.sample(len(self._values))
             try:
-                self._values.append(next(self._stream))
+                self._values.append(next(self.stream))
             except StopIteration:
                 self.ended = True
             except plan.catches as error:
@@ -571,7 +572,7 @@ class IterableFetcher:
                 faults.append(_fault("exception", None, -1, error, 1, "raised" if raises else "skipped", plan))
                 if raises:
                     return Broken(error, Report(tuple(faults)))
-                if inspect.isgenerator(self._stream) and self._stream.gi_frame is None:
+                if inspect.isgenerator(self.stream) and self.stream.gi_frame is None:
                     # Python closes a generator that has raised: its next() would look like an ordinary end.
                     self.ended = True
                     self._reason = f"its generator raised {type(error).__name__} and cannot go on"

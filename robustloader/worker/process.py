@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import pickle
 import resource
 import signal
 import socket
@@ -42,9 +43,10 @@ from robustloader.transport.messages import (
 )
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
 from robustloader.worker.collate import Stacker
-from robustloader.worker.fetch import Broken, Loaded, Outcome, Plan, Short, make_fetcher
+from robustloader.worker.fetch import Broken, IterableFetcher, Loaded, MapFetcher, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.meter import MemoryMeter
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
+from robustloader.worker.stateful import pickled_snapshot, restored_fetcher
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 
@@ -100,6 +102,7 @@ class Setup:
         rng: random states to begin the stream with; None keeps those of the seed.
         arena: how large this worker's arena may get; None sends everything through the socket.
         max_worker_bytes: how much memory of its own the worker may hold before it says so; None does not look.
+        snapshot: a pickled :class:`StreamSnapshot` to begin with; ``skip`` counts from there.
     """
 
     cargo: Cargo
@@ -122,6 +125,7 @@ class Setup:
     rng: Any = None
     arena: ArenaLimits | None = None
     max_worker_bytes: int | None = None
+    snapshot: bytes | None = None
 
 
 def run_worker(setup: Setup) -> None:
@@ -181,7 +185,11 @@ class _Worker:
             encode=codec.dumps,
             decode=_decode,
         )
-        self.fetcher = make_fetcher(self.plan)
+        self.fetcher: MapFetcher | IterableFetcher
+        if setup.snapshot is None:
+            self.fetcher = make_fetcher(self.plan)
+        else:
+            self.fetcher = restored_fetcher(self.plan, pickle.loads(setup.snapshot))
 
     def _quiet_signals(self) -> None:
         """A preempted job still takes its last batches: SIGTERM and Ctrl-C sent to everyone are the trainer's business.
@@ -253,6 +261,7 @@ class _Worker:
             except BaseException as error:
                 outcome = self.fetcher.repair_unpicklable(order, error)
                 continue
+            snapshot = pickled_snapshot(self.fetcher) if self.setup.iterable else None
             fd, trouble = None, ""
             if self.arena is not None:
                 parcel = self.arena.place(parcel)
@@ -265,7 +274,9 @@ class _Worker:
             calls, rss = self.fetcher.calls, self._rss
             held = self.meter.excess_bytes(rss)
             samples, report = outcome.samples, outcome.report
-            reply = Fetched(order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, now, held)
+            reply = Fetched(
+                order.run, order.task, samples, load_ns, rss, report, calls, trouble, begun, now, held, snapshot
+            )
             self.channel.send(reply, parcel, arena_fd=fd)
             if fd is not None:
                 os.close(fd)

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("telemetry", "system", "transport"),
     ("worker",),
     ("engine",),
-    ("loader", "checkup", "tuning", "__init__"),
+    ("sampling", "loader", "checkup", "tuning", "__init__"),
     ("integrations", "testing", "report", "cli", "__main__"),
 )
 """Bottom to top; on one floor, left to right. A room imports lower floors, its left neighbours, and itself."""

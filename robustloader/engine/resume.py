@@ -1,0 +1,296 @@
+"""Saving where a loader stands, and going on from there. Walks through indices only; never reads data."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import itertools
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from robustloader.decisions.keys import as_list, once_only
+from robustloader.decisions.spares import SpareReservoir
+from robustloader.engine.faults import FaultDesk
+from robustloader.engine.progress import Beginning, Journal, Resumption, ShardProgress
+from robustloader.engine.streams import (
+    Streams,
+    decode_generator,
+    decode_streams,
+    encode_generator,
+    encode_streams,
+    own_generators,
+)
+from robustloader.errors import StateError
+from robustloader.state import LoaderState, Setting, ShardState
+from robustloader.system import torch_private
+from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
+from robustloader.worker.stateful import StreamSnapshot, is_stateful, state_of, take_snapshot
+
+__all__ = [
+    "begin_next",
+    "capture",
+    "check_generators",
+    "describe",
+    "load_objects",
+    "note_beginning",
+    "reopen",
+    "shard_progress",
+    "stateful_sampler",
+]
+
+_WALK = 1 << 16
+"""Indices read at a time: large enough for array arithmetic, small against any dataset worth walking through."""
+
+
+def describe(loader: Any) -> Setting:
+    """What a loader's states depend on."""
+    iterable = torch_private.is_iterable(loader)
+    own_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+    chooser = loader.batch_sampler if own_batches else loader.sampler
+    reads = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    return Setting(
+        kind="iterable" if iterable else "map",
+        dataset_length=_length(loader.dataset) if not iterable else None,
+        batch_size=loader.batch_size,
+        drop_last=bool(loader.drop_last),
+        sampler="" if iterable else type(chooser).__qualname__,
+        sampler_length=None if iterable or stateful_sampler(loader) is not None else _length(reads),
+    )
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def stateful_sampler(loader: Any) -> Any:
+    """The sampler that keeps its own state: the batch sampler, what it draws from, or neither (None)."""
+    batch_sampler = loader.batch_sampler
+    for sampler in (batch_sampler, getattr(batch_sampler, "sampler", None), loader.sampler):
+        if sampler is not None and is_stateful(sampler):
+            return sampler
+    return None
+
+
+def note_beginning(loader: Any) -> Beginning:
+    """The random states before an epoch begins."""
+    return Beginning(streams=rng_states(), generators=[generator.get_state() for generator in own_generators(loader)])
+
+
+# --- saving
+
+
+def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *, upcoming: int) -> LoaderState:
+    """Where a loader stands now. Reads no data and starts nothing.
+
+    Args:
+        streams: the global generators' states, as the next epoch would see them.
+        upcoming: the number of the next epoch.
+    """
+    if journal.loaded is not None:
+        return copy.deepcopy(journal.loaded)
+    setting, progress = describe(loader), journal.progress
+    if progress is not None:
+        progress.settle()
+    common: dict[str, Any] = {
+        **{name: getattr(setting, name) for name in setting.__dataclass_fields__},
+        "streams_now": encode_streams(streams),
+        "generators_now": tuple(encode_generator(generator.get_state()) for generator in own_generators(loader)),
+        "quarantine": tuple(desk.quarantine.added.items()),
+        "faults": desk.budget.faults,
+        "samples": desk.budget.samples,
+    }
+    sampler, iterable = stateful_sampler(loader), setting.kind == "iterable"
+    if progress is None or progress.finished:
+        return LoaderState(
+            epoch=upcoming if progress is None else progress.epoch + 1,
+            begun=False,
+            sampler_state=state_of(sampler),
+            dataset_state=state_of(loader.dataset),
+            **common,
+        )
+    mark = progress.marks.get(progress.delivered.count - 1)
+    if isinstance(mark, str):
+        raise StateError(f"the sampler's own state_dict() failed, so nobody knows where it stood: {mark}", found=mark)
+    return LoaderState(
+        epoch=progress.epoch,
+        begun=True,
+        delivered=progress.delivered.count,
+        ahead=tuple(sorted(progress.delivered.ahead)),
+        base_seed=progress.base_seed,
+        opening=progress.opening,
+        streams=encode_streams(progress.beginning.streams),
+        generators=tuple(map(encode_generator, progress.beginning.generators)),
+        workers=progress.workers,
+        shards=tuple(_shard_state(shard, progress.stream) for shard in progress.shards),
+        next_shard=progress.next_shard,
+        sampler_state=() if mark is None else (copy.deepcopy(mark[0]),),
+        dataset_state=() if iterable else state_of(loader.dataset),
+        spares=() if mark is None else (*mark[1][:3], [list(row) for row in mark[1][3]]),
+        **common,
+    )
+
+
+def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
+    taken: StreamSnapshot | None = None
+    if stream is not None:  # of this process: it stands where the trainer is
+        taken = take_snapshot(stream, with_rng=False)
+    elif shard.untold:
+        raise StateError(
+            f"state_dict() of the dataset, or of its iterator, failed in a worker: {shard.untold}", found=shard.untold
+        )
+    elif shard.snapshot is not None:
+        taken = pickle.loads(shard.snapshot)
+    plain: tuple[Any, ...] = ()
+    if taken is not None:
+        streams = () if taken.rng is None else encode_streams(taken.rng)
+        plain = (taken._replace(rng=None)._asdict() | {"rng": streams},)
+    return ShardState(
+        calls=shard.calls,
+        batches=shard.batches,
+        ended=shard.final is not None and shard.batches >= shard.final,
+        streams=() if shard.rng is None else encode_streams(shard.rng),
+        snapshot=plain,
+    )
+
+
+# --- loading
+
+
+def shard_progress(shard: ShardState) -> ShardProgress:
+    """The same shard again."""
+    snapshot = None
+    if shard.snapshot:
+        plain = dict(shard.snapshot[0])
+        streams = tuple(plain.pop("rng"))
+        plain["dataset"], plain["stream"] = tuple(plain["dataset"]), tuple(plain["stream"])
+        taken = StreamSnapshot(**plain, rng=decode_streams(streams) if streams else None)
+        snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+    return ShardProgress(
+        calls=shard.calls,
+        batches=shard.batches,
+        final=shard.batches if shard.ended else None,
+        rng=decode_streams(shard.streams) if shard.streams else None,
+        snapshot=snapshot,
+    )
+
+
+def load_objects(loader: Any, state: LoaderState) -> None:
+    """Give the user's own objects their states back."""
+    sampler = stateful_sampler(loader)
+    if state.sampler_state and sampler is not None:
+        sampler.load_state_dict(copy.deepcopy(state.sampler_state[0]))
+    elif state.sampler_state:
+        raise StateError(
+            "the state holds a sampler's own state, but this loader's sampler has no load_state_dict: construct the "
+            "loader with the sampler of the saved run",
+            expected="a sampler with load_state_dict",
+            found=type(loader.sampler).__qualname__,
+        )
+    if state.dataset_state and is_stateful(loader.dataset):
+        loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
+
+
+def begin_next(loader: Any, state: LoaderState) -> None:
+    """Put the loader's own generators where they were when a state between two epochs was saved."""
+    _set_generators(loader, state.generators_now)
+
+
+def check_generators(loader: Any, state: LoaderState) -> None:
+    """See that a loader has the generators that the saved run had. Raises :class:`StateError`."""
+    generators, texts = own_generators(loader), state.generators_now
+    if len(generators) != len(texts):
+        raise StateError(
+            f"this loader and its samplers have {len(generators)} generators of their own, the saved run had "
+            f"{len(texts)}: construct the loader with generator= as in the saved run",
+            expected=len(generators),
+            found=len(texts),
+        )
+
+
+def _set_generators(loader: Any, texts: tuple[str, ...]) -> list[Any]:
+    states = [decode_generator(text) for text in texts]
+    for generator, state in zip(own_generators(loader), states, strict=True):
+        generator.set_state(state)
+    return states
+
+
+def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
+    """Begin an epoch as it was begun, and walk to where it stood.
+
+    The global random generators are what they were then meanwhile, and the user's again afterwards.
+    """
+    generators = _set_generators(loader, state.generators)
+    streams = decode_streams(state.streams)
+    batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
+    spares = SpareReservoir(seed=state.base_seed, epoch=state.epoch)
+    reads = loader.batch_sampler if batched else loader.sampler
+    positioned = bool(state.sampler_state)
+    with preserve_rng():
+        restore_rng(streams)
+        indices: Iterator[Any] = iter(())
+        for step in state.opening.replace("isi", "si") if positioned else state.opening:
+            if step == "i":
+                indices = iter(reads)
+            else:
+                torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        unread = encode_streams(rng_states()) == state.streams_now
+        if positioned:
+            if state.spares:
+                spares.restore((state.spares[0], state.spares[1], state.spares[2], state.spares[3]))
+        elif not iterable:
+            indices = _walk(reads, indices, state.delivered, spares if desk.repairs else None, batched=batched)
+        # What a sampler draws when it is first read belongs to here: read it.
+        indices = itertools.chain(list(itertools.islice(indices, 1)), indices)
+        onward = rng_states() if unread else None
+    beginning = Beginning(streams=streams, generators=generators)
+    return Resumption(state=state, beginning=beginning, indices=indices, spares=spares, onward=onward)
+
+
+def _walk(
+    reads: Any, indices: Iterator[Any], tasks: int, spares: SpareReservoir | None, *, batched: bool
+) -> Iterator[Any]:
+    """What remains of ``indices`` after the first ``tasks``."""
+    if type(reads) is BatchSampler:
+        source: Any = range(len(reads.sampler)) if type(reads.sampler) is SequentialSampler else iter(reads.sampler)
+        rest = _walk_flat(source, tasks, reads.batch_size, spares)
+        batches: Iterator[Any] = iter(BatchSampler(rest, reads.batch_size, reads.drop_last))
+        return batches
+    if not batched:
+        return _walk_flat(indices, tasks, 1, spares)
+    for task in range(tasks):
+        batch = next(indices, None)
+        if batch is None:
+            break
+        if spares is not None:
+            spares.observe(task, as_list(once_only(batch), batched=True))
+            spares.close(task)
+    return indices
+
+
+def _walk_flat(source: Any, tasks: int, size: int, spares: SpareReservoir | None) -> Iterator[Any]:
+    """The same where tasks are ``size`` indices each, one after another, but for the last."""
+    if isinstance(source, range) and spares is None:
+        return iter(range(tasks * size, len(source)))
+    indices: Iterator[Any] = iter(source)
+    if spares is None:
+        collections.deque(itertools.islice(indices, tasks * size), maxlen=0)
+        return indices
+    step = max(1, _WALK // size)
+    for first in range(0, tasks, step):
+        wanted = min(step, tasks - first)
+        items = list(itertools.islice(indices, wanted * size))
+        whole = len(items) // size
+        spares.pass_over(items[: whole * size], size)
+        if whole < wanted:  # the last batch of an epoch may be a short one
+            if items[whole * size :]:
+                spares.observe(first + whole, items[whole * size :])
+                spares.close(first + whole)
+            break
+    return indices

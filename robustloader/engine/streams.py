@@ -1,0 +1,160 @@
+"""Random generators as a state sees them: the three global ones, and those that belong to a loader and its samplers."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from robustloader.errors import StateError
+from robustloader.worker.seeding import restore_rng, rng_states
+from robustloader.worker.stateful import is_stateful
+
+__all__ = [
+    "Continuation",
+    "Streams",
+    "decode_generator",
+    "decode_streams",
+    "encode_generator",
+    "encode_streams",
+    "own_generators",
+]
+
+Streams = tuple[Any, Any, torch.Tensor]
+"""States of the global Python, NumPy and torch CPU generators."""
+
+
+def encode_streams(streams: Streams) -> tuple[str, ...]:
+    """The states as text: about 14 kB. NumPy's is left out where the user has replaced its Mersenne twister."""
+    version, words, gauss = streams[0]
+    python = f"{version}:{_text(np.array(words, '<u4'))}:{'' if gauss is None else gauss.hex()}"
+    numpy = ""
+    if isinstance(streams[1], tuple) and streams[1][0] == "MT19937":
+        _, keys, position, has_gauss, cached = streams[1]
+        numpy = f"{_text(np.asarray(keys, '<u4'))}:{position}:{has_gauss}:{float(cached).hex()}"
+    return python, numpy, encode_generator(streams[2])
+
+
+def decode_streams(texts: tuple[str, ...]) -> Streams:
+    """The states again. Raises :class:`StateError` for anything that :func:`encode_streams` did not write."""
+    try:
+        version, words, gauss = texts[0].split(":")
+        values = np.frombuffer(base64.b64decode(words), "<u4").tolist()
+        python = (int(version), tuple(values), float.fromhex(gauss) if gauss else None)
+        numpy: Any = np.random.get_state()
+        if texts[1]:
+            keys, position, has_gauss, cached = texts[1].split(":")
+            array = np.frombuffer(base64.b64decode(keys), "<u4").astype(np.uint32)
+            numpy = ("MT19937", array, int(position), int(has_gauss), float.fromhex(cached))
+        return python, numpy, decode_generator(texts[2])
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise StateError(
+            f"the state's random states are damaged ({error})", expected="text", found=str(error)
+        ) from error
+
+
+def encode_generator(state: torch.Tensor) -> str:
+    """The state of a torch generator as text."""
+    return _text(state.numpy())
+
+
+def decode_generator(text: str) -> torch.Tensor:
+    """The state of a torch generator again."""
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy())
+
+
+def _text(array: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """The generators of a loader and its samplers, each once.
+
+    Without torch's global one, which is nobody's own, and those of samplers that keep their own state.
+    """
+    batch_sampler = loader.batch_sampler
+    inner = getattr(batch_sampler, "sampler", None)
+    places = [loader, batch_sampler, loader.sampler, inner]
+    found: dict[int, torch.Generator] = {}
+    for place in places:
+        generator = getattr(place, "generator", None)
+        if isinstance(generator, torch.Generator) and generator is not torch.default_generator:
+            found.setdefault(id(generator), generator)
+    for place in places[1:]:
+        if is_stateful(place):
+            found.pop(id(getattr(place, "generator", None)), None)
+    return list(found.values())
+
+
+class Continuation:
+    """The global random generators where a saved run had left them, for epochs that draw from those.
+
+    The next epoch of a resumed run should be that of the run that was saved; but the global generators are the user's,
+    and loading a state leaves them alone. So: as long as nobody touches a global generator, the loader draws from the
+    remembered one in its place. As soon as anybody draws from it, seeds it or restores it, it is the user's word, and
+    the loader draws from it as torch does.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[Any] = [None, None, None]
+        self._states: list[Any] = [None, None, None]
+
+    def begin(self, states: Streams | None) -> None:
+        """Remember where the saved run was; ``None`` forgets."""
+        self._states = list(states) if states is not None else [None, None, None]
+        self.mark()
+
+    def mark(self) -> None:
+        """From here on, the user's hand is seen."""
+        self._marks = list(rng_states())
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is remembered."""
+        return any(state is not None for state in self._states)
+
+    def view(self) -> Streams:
+        """What the next epoch would draw from."""
+        states = list(rng_states())
+        for place, state in enumerate(self._states):
+            if state is not None and _same(states[place], self._marks[place]):
+                states[place] = state
+        return states[0], states[1], states[2]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """An epoch begins: let it draw from what is remembered, and leave the global generators as they were."""
+        if not self.active:
+            yield
+            return
+        current = list(rng_states())
+        for place, state in enumerate(current):
+            if not _same(state, self._marks[place]):
+                self._states[place] = None
+        kept = [place for place in range(3) if self._states[place] is not None]
+        _restore([self._states[place] if place in kept else current[place] for place in range(3)])
+        try:
+            yield
+        finally:
+            after = list(rng_states())
+            for place in kept:
+                self._states[place], after[place] = after[place], current[place]
+            _restore(after)
+
+
+def _restore(states: list[Any]) -> None:
+    restore_rng((states[0], states[1], states[2]))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)

@@ -1,0 +1,78 @@
+"""Datasets and streams that keep their own state (``state_dict`` and ``load_state_dict``), and where they stand."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any, NamedTuple
+
+from robustloader.worker.fetch import IterableFetcher, Plan
+from robustloader.worker.seeding import restore_rng, rng_states
+
+__all__ = ["StreamSnapshot", "is_stateful", "pickled_snapshot", "restored_fetcher", "take_snapshot"]
+
+
+class StreamSnapshot(NamedTuple):
+    """Where a stream stands after ``calls`` reads.
+
+    Attributes:
+        ended: whether it has come to its end.
+        dataset, stream: empty, or the state of the dataset, and of the iterator that ``iter(dataset)`` returned.
+        rng: the process's random states; None where these are not the stream's own.
+    """
+
+    calls: int
+    ended: bool
+    dataset: tuple[Any, ...]
+    stream: tuple[Any, ...]
+    rng: Any = None
+
+
+def is_stateful(thing: object) -> bool:
+    """Whether an object follows the protocol that torch and torchdata call ``Stateful``."""
+    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+
+
+def state_of(thing: Any) -> tuple[Any, ...]:
+    """A copy of an object's state in a tuple; empty where it keeps none."""
+    return (copy.deepcopy(thing.state_dict()),) if is_stateful(thing) else ()
+
+
+def take_snapshot(fetcher: object, *, with_rng: bool) -> StreamSnapshot | None:
+    """Where a fetcher's stream stands; None where neither the dataset nor the stream can tell.
+
+    Raises:
+        Exception: what the user's ``state_dict`` raises.
+    """
+    if not isinstance(fetcher, IterableFetcher):
+        return None
+    dataset, stream = state_of(fetcher.plan.dataset), state_of(fetcher.stream)
+    if not dataset and not stream:
+        return None
+    return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng_states() if with_rng else None)
+
+
+def pickled_snapshot(fetcher: object) -> bytes | str | None:
+    """The same with the process's random states, pickled here and now: the dataset goes on changing.
+
+    A string says what the user's ``state_dict`` raised. That is no reason to end a run that may never ask for a state.
+    """
+    try:
+        taken = take_snapshot(fetcher, with_rng=True)
+        return None if taken is None else pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def restored_fetcher(plan: Plan, snapshot: StreamSnapshot) -> IterableFetcher:
+    """A fetcher that goes on where the snapshot was taken; the dataset is told before ``iter(dataset)``."""
+    if snapshot.dataset:
+        plan.dataset.load_state_dict(copy.deepcopy(snapshot.dataset[0]))
+    fetcher = IterableFetcher(plan)
+    if snapshot.stream:
+        stream: Any = fetcher.stream
+        stream.load_state_dict(copy.deepcopy(snapshot.stream[0]))
+    fetcher.calls, fetcher.ended = snapshot.calls, snapshot.ended
+    if snapshot.rng is not None:
+        restore_rng(snapshot.rng)
+    return fetcher

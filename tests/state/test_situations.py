@@ -1,0 +1,378 @@
+"""Situations in which a state is taken or loaded."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
+
+from robustloader import (
+    ElasticDistributedBatchSampler,
+    ElasticDistributedSampler,
+    RecoveryPolicy,
+    RobustDataLoader,
+    StateError,
+)
+from tests.support.datasets import Deadly, Death, Numbers
+
+
+def numbers(batches: Any) -> list[int]:
+    return [int(number) for batch in batches for number in batch]
+
+
+def flat(parts: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
+
+
+class Positioned(Sampler[int]):
+    """Draws its order from the system's own randomness and keeps it, and its place, in its state."""
+
+    def __init__(self, size: int) -> None:
+        self.order = random.SystemRandom().sample(range(size), size)
+        self.place = 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Any:
+        while self.place < len(self.order):
+            self.place += 1
+            yield self.order[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order, self.place = state["order"], state["place"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("later", [0, 3])
+def test_a_sampler_with_its_own_state(workers: int, later: int) -> None:
+    """Its state is that of what was delivered, not of what was read ahead; nothing is walked through."""
+    ours = RobustDataLoader(Numbers(40), 3, sampler=Positioned(40), num_workers=workers)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 4))
+    state = ours.state_dict()
+    rest = numbers(iterator)
+    other = RobustDataLoader(Numbers(40), 3, sampler=Positioned(40), num_workers=later)
+    other.load_state_dict(state)
+    assert numbers(other) == rest
+    assert numbers(other) == head + rest
+
+
+@pytest.mark.parametrize("later", [0, 2])
+def test_out_of_order(later: int) -> None:
+    """Which batches were delivered is in the state: none is lost, none comes twice."""
+    ours = RobustDataLoader(Numbers(60), 2, shuffle=True, num_workers=3, in_order=False)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 11))
+    state = ours.state_dict()
+    del iterator
+    other = RobustDataLoader(Numbers(60), 2, shuffle=True, num_workers=later, in_order=False)
+    other.load_state_dict(state)
+    assert sorted(head + numbers(other)) == list(range(60))
+
+
+def test_batches_delivered_ahead_are_passed_over() -> None:
+    """A state with a gap: exactly the gap and what follows."""
+    ours = RobustDataLoader(Numbers(20), 2, num_workers=2, in_order=False)
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict() | {"delivered": 1, "ahead": (2, 5)}
+    del iterator
+    for workers in (0, 2):
+        other = RobustDataLoader(Numbers(20), 2, num_workers=workers)
+        other.load_state_dict(state)
+        assert numbers(other) == [n for n in range(2, 20) if n // 2 not in (2, 5)]
+
+
+def test_while_a_worker_is_restarted(tmp_path: Any) -> None:
+    """What a dead worker held was not delivered, so it is loaded by whoever goes on."""
+    ours = RobustDataLoader(Numbers(60), 2, shuffle=True, num_workers=2)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 5))
+    os.kill(iterator._workers[0].pid, signal.SIGKILL)
+    state = ours.state_dict()
+    other = RobustDataLoader(Numbers(60), 2, shuffle=True, num_workers=1)
+    other.load_state_dict(state)
+    assert numbers(other) == numbers(iterator)
+    assert len(head) == 10
+
+
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+def test_quarantined_samples_stay_out(tmp_path: Any) -> None:
+    """A sample that was convicted of killing workers is not tried again, not even in the training process."""
+    death = Death(tmp_path, "SIGKILL", None)
+    dataset = Deadly(30, death, at=4)
+    ours = RobustDataLoader(dataset, 3, num_workers=2)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 3))
+    state, deaths = ours.state_dict(), death.count
+    rest = numbers(iterator)
+    other = RobustDataLoader(dataset, 3, num_workers=0)
+    other.load_state_dict(state)
+    assert numbers(other) == rest
+    assert 4 not in numbers(other)
+    assert (death.count, death.seen_in_trainer) == (deaths, False)
+    assert len(head) == 9
+
+
+def test_the_last_batch_and_past_the_end() -> None:
+    """After the last batch nothing is left of the epoch; past the end, the next one comes."""
+    ours = RobustDataLoader(Numbers(12), 3, shuffle=True, generator=torch.Generator().manual_seed(1))
+    iterator = iter(ours)
+    first = numbers(itertools.islice(iterator, 4))
+    last = ours.state_dict()
+    assert next(iterator, None) is None
+    over = ours.state_dict()
+    second = numbers(ours)
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+    for state, epochs in ((last, [[], second]), (over, [second])):
+        other = RobustDataLoader(Numbers(12), 3, shuffle=True, generator=torch.Generator())
+        other.load_state_dict(state)
+        assert [numbers(other) for _ in epochs] == epochs
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    """Loading a state and going on draw nothing from them; a seed set afterwards is the user's word."""
+    torch.manual_seed(3)
+    ours = RobustDataLoader(Numbers(30), 3, shuffle=True)
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict()
+    other = RobustDataLoader(Numbers(30), 3, shuffle=True)
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    other.load_state_dict(state)
+    rest = numbers(other)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert rest == numbers(iterator)
+    torch.manual_seed(4)
+    one = numbers(other)
+    torch.manual_seed(4)
+    assert one == numbers(ours)
+
+
+def test_an_abandoned_epoch_goes_on() -> None:
+    """The state outlives the iterator, and taking it starts nothing."""
+    ours = RobustDataLoader(Numbers(30), 3, shuffle=True, num_workers=2)
+    head = []
+    for batch in ours:
+        head += batch.tolist()
+        if len(head) == 12:
+            break
+    state = ours.state_dict()
+    assert ours.active_workers == 0
+    ours.load_state_dict(state)
+    assert ours.state_dict() == state
+    assert sorted(head + numbers(ours)) == list(range(30))
+
+
+class Uneven(IterableDataset):
+    """One sample for the first worker, 20 for the second."""
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        return iter([0] if info is not None and info.id == 0 else range(1, 21))
+
+
+@pytest.mark.parametrize("recovery", [None, RecoveryPolicy()])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_shard_that_had_ended(recovery: RecoveryPolicy | None, persistent: bool) -> None:
+    """It gets no process until the next epoch, which is a whole one."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Uneven(), 2, num_workers=2, recovery=recovery, persistent_workers=persistent)
+
+    ours = make()
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 5))
+    state = ours.state_dict()
+    assert [shard["ended"] for shard in state["shards"]] == [True, False]
+    other = make()
+    other.load_state_dict(state)
+    resumed = iter(other)
+    assert [process.is_alive() for process in resumed.processes()] == [True]
+    assert sorted(head + numbers(resumed)) == list(range(21))
+    assert sorted(numbers(other)) == list(range(21))
+    assert sorted(numbers(iterator)) == sorted(set(range(21)) - set(head))
+
+
+class Placed(IterableDataset):
+    """Wide samples; keeps its place, and notes in ``folder`` how often it was put somewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.place = folder, 0
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        while first + self.place * step < 90:
+            number = first + self.place * step
+            self.place += 1
+            yield torch.full((20_000,), number)
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+        (self.folder / f"{os.getpid()}").touch()
+
+
+@pytest.mark.parametrize("transport", ["arena", "pipe"])
+@pytest.mark.parametrize("later", [0, 2, 3])
+def test_a_worker_dies_in_a_stream_that_keeps_its_place(tmp_path: Path, transport: Any, later: int) -> None:
+    """Its successor is put where the dead one's results end; so is whoever goes on from the state."""
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        return RobustDataLoader(Placed(tmp_path), 3, num_workers=workers, transport=transport)
+
+    whole = [batch[:, -1].tolist() for batch in make(2)]
+    assert not list(tmp_path.iterdir())
+    ours = make(2)
+    iterator = iter(ours)
+    head = [batch[:, -1].tolist() for batch in itertools.islice(iterator, 9)]
+    state = ours.state_dict()
+    os.kill(iterator._workers[1].pid, signal.SIGKILL)
+    rest = [batch[:, -1].tolist() for batch in iterator]
+    assert head + rest == whole
+    assert len(list(tmp_path.iterdir())) == 1
+    other = make(later)
+    other.load_state_dict(state)
+    assert [batch[:, -1].tolist() for batch in other] == rest
+
+
+class Speechless(IterableDataset):
+    """Has a state, but cannot tell it."""
+
+    def __iter__(self) -> Any:
+        return iter(range(8))
+
+    def state_dict(self) -> Any:
+        raise RuntimeError("speechless")
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class SpeechlessSampler(Positioned):
+    """The same of a sampler."""
+
+    def state_dict(self) -> Any:
+        raise RuntimeError("speechless")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Speechless(), Numbers(8)])
+def test_a_state_that_cannot_be_told_ends_no_run(dataset: Any, workers: int) -> None:
+    """Only whoever asks for it hears of it."""
+    sampler = None if isinstance(dataset, Speechless) else SpeechlessSampler(8)
+    ours = RobustDataLoader(dataset, 2, sampler=sampler, num_workers=workers)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 2))
+    with pytest.raises((StateError, RuntimeError), match="speechless"):
+        ours.state_dict()
+    assert sorted(head + numbers(iterator)) == list(range(8))
+
+
+def test_epochs_go_on_counting() -> None:
+    """A resumed epoch has its number, and so has the next."""
+    ours = RobustDataLoader(Numbers(9), 3)
+    list(ours)
+    next(iter(ours))
+    other = RobustDataLoader(Numbers(9), 3)
+    other.load_state_dict(ours.state_dict())
+    assert (len(list(other)), len(list(other))) == (2, 3)
+    assert [summary.epoch for summary in other.summaries] == [1, 2]
+
+
+# --- ranks
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("size", "ranks"), [(100, 8), (96, 8), (3, 8), (1, 1)])
+def test_the_elastic_sampler_is_torchs(size: int, ranks: int, shuffle: bool, drop_last: bool) -> None:
+    """Index for index, on every rank and in every epoch."""
+    for rank in range(ranks):
+        options: dict[str, Any] = {"num_replicas": ranks, "rank": rank, "shuffle": shuffle, "drop_last": drop_last}
+        ours = ElasticDistributedSampler(range(size), **options)
+        theirs = DistributedSampler(range(size), **options)
+        for epoch in (0, 3):
+            ours.set_epoch(epoch)
+            theirs.set_epoch(epoch)
+            assert (list(ours), len(ours)) == (list(theirs), len(theirs))
+
+
+@pytest.mark.parametrize("later", [1, 2, 6, 16])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) -> None:
+    """Saved by 4 ranks: the others read what is left of the global order, each sample once."""
+    size = 4 * 5 * 3 + 96
+
+    def loaders(ranks: int) -> list[RobustDataLoader[Any]]:
+        samplers = [ElasticDistributedSampler(range(size), ranks, rank, seed=2) for rank in range(ranks)]
+        for sampler in samplers:
+            sampler.set_epoch(1)
+        return [RobustDataLoader(Numbers(size), 3, sampler=sampler, num_workers=workers) for sampler in samplers]
+
+    before = loaders(4)
+    iterators = [iter(each) for each in before]
+    read = [number for each in iterators for number in numbers(itertools.islice(each, 5))]
+    states = [each.state_dict() for each in before]
+    del iterators
+    after = loaders(later)
+    for rank, each in enumerate(after):
+        each.load_state_dict(states[rank % 4])
+    rest = [numbers(each) for each in after]
+    assert sorted(read + flat(rest)) == list(range(size))
+    assert len({len(share) for share in rest}) == 1
+    assert set(flat(numbers(each) for each in after)) == set(range(size))
+
+
+@pytest.mark.parametrize("later", [1, 3, 16])
+def test_the_steps_of_the_batch_form_do_not_depend_on_the_ranks(later: int) -> None:
+    """Each step's samples are the same, before and after; every rank has a share in each."""
+
+    def steps(ranks: int) -> list[ElasticDistributedBatchSampler]:
+        return [ElasticDistributedBatchSampler(range(100), 16, ranks, rank) for rank in range(ranks)]
+
+    whole = [sorted(batch) for batch in steps(1)[0]]
+    before = steps(8)
+    readers = [iter(each) for each in before]
+    read = [sorted(flat(next(reader) for reader in readers)) for _ in range(3)]
+    state = before[0].state_dict()
+    assert state["position"] == 48
+    loaders = []
+    for each in steps(later):
+        each.load_state_dict(state)
+        loaders.append(RobustDataLoader(Numbers(100), batch_sampler=each))
+    shares = [[batch.tolist() for batch in loader] for loader in loaders]
+    rest = [sorted(flat(parts)) for parts in zip(*shares, strict=True)]
+    assert read + rest[:-1] == whole[:-1]
+    assert len(rest[-1]) == max(4, later)  # filled up, where there are more ranks than samples
+    assert set(whole[-1]) <= set(rest[-1])
+
+
+def test_an_abandoned_elastic_epoch_leaves_nothing_behind() -> None:
+    """Whoever begins again reads a whole epoch, and its state says so."""
+    sampler = ElasticDistributedSampler(range(20), 2, 0)
+    ours = RobustDataLoader(Numbers(20), 2, sampler=sampler)
+    next(iter(ours))
+    iterator = iter(ours)
+    state = ours.state_dict()
+    del iterator
+    ours.load_state_dict(state)
+    assert len(numbers(ours)) == 10
+    assert isinstance(ours.batch_sampler, BatchSampler)

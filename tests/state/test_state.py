@@ -1,0 +1,128 @@
+"""The schema: what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustloader import RobustDataLoader, StateError
+from robustloader.decisions.spares import SpareReservoir
+from robustloader.state import SCHEMA, Delivered, LoaderState
+from tests.support.datasets import Numbers
+
+
+def loader(size: int = 20, batch_size: int = 3, **options: Any) -> RobustDataLoader[Any]:
+    return RobustDataLoader(Numbers(size), batch_size, **{"shuffle": True, **options})
+
+
+def test_a_state_is_fresh_plain_and_free_of_names_that_others_edit() -> None:
+    """It survives JSON, is a new dict each time, and Accelerate finds nothing of its own in it."""
+    ours = loader()
+    state = ours.state_dict()
+    assert state is not ours.state_dict()
+    assert state["schema"] == SCHEMA
+    assert not {"_num_yielded", "_sampler_iter_yielded", "_index_sampler_state"} & set(state)
+    assert LoaderState.from_dict(json.loads(json.dumps(state))) == LoaderState.from_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("dataset_length", {"size": 21}),
+        ("batch_size", {"batch_size": 4}),
+        ("drop_last", {"drop_last": True}),
+        ("sampler", {"shuffle": False}),
+    ],
+)
+def test_what_differs_is_named(name: str, other: dict[str, Any]) -> None:
+    """With both values, and nothing is changed."""
+    theirs = loader(**other)
+    with pytest.raises(StateError, match=name) as caught:
+        theirs.load_state_dict(loader().state_dict())
+    assert set(caught.value.expected) == set(caught.value.found) == {name}
+    assert len(list(theirs)) == len(theirs)
+
+
+@pytest.mark.parametrize("state", [None, 3, {}, {"schema": 99}, {"schema": SCHEMA}, {"schema": "1"}])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    """Another schema, half a state, or something else."""
+    with pytest.raises(StateError):
+        loader().load_state_dict(state)
+
+
+def test_a_damaged_state_is_refused() -> None:
+    """Not loaded halfway."""
+    ours = loader()
+    with pytest.raises(StateError):
+        ours.load_state_dict(ours.state_dict() | {"delivered": "many"})
+    with pytest.raises(StateError):
+        ours.load_state_dict(ours.state_dict() | {"streams_now": ("x", "y", "z")})
+    assert len(list(ours)) == len(ours)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_a_checkpoint_library_stores_it(tmp_path: Any) -> None:
+    """``torch.distributed.checkpoint`` saves a loader in mid-epoch and loads it into a fresh one."""
+    ours = loader()
+    iterator = iter(ours)
+    head = [next(iterator).tolist() for _ in range(3)]
+    dcp.save({"loader": ours}, checkpoint_id=tmp_path, no_dist=True)
+    rest = [batch.tolist() for batch in iterator]
+    fresh = loader()
+    dcp.load({"loader": fresh}, checkpoint_id=tmp_path, no_dist=True)
+    assert [batch.tolist() for batch in fresh] == rest
+    assert sorted(itertools.chain.from_iterable(head + rest)) == list(range(20))
+
+
+def test_a_file_stores_it(tmp_path: Any) -> None:
+    """``torch.save``, and ``torch.load`` with nothing but plain values allowed."""
+    torch.save(loader().state_dict(), tmp_path / "state.pt")
+    loader().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+@given(st.permutations(range(12)), st.integers(0, 12))
+def test_delivered_counts_a_prefix_and_the_rest(order: list[int], count: int) -> None:
+    """Whatever the order, exactly what was delivered."""
+    delivered = Delivered()
+    for number in order[:count]:
+        delivered.add(number)
+    assert set(range(delivered.count)) | delivered.ahead == set(order[:count])
+    assert delivered.count not in delivered.ahead
+
+
+@given(st.integers(1, 20), st.integers(1, 2500), st.integers(0, 1 << 63))
+def test_passing_over_is_observing(size: int, tasks: int, seed: int) -> None:
+    """The walk leaves the spares as reading every task would have."""
+    one, other = SpareReservoir(seed=seed, epoch=2), SpareReservoir(seed=seed, epoch=2)
+    items = list(range(size * tasks))
+    for task in range(tasks):
+        one.observe(task, items[task * size : (task + 1) * size])
+        one.close(task)
+    half = tasks // 2 * size
+    other.pass_over(items[:half], size)
+    other.pass_over(items[half:], size)
+    assert one.mark == other.mark
+
+
+@given(st.integers(1, 20), st.integers(0, 300), st.integers(0, 1 << 63))
+def test_spares_go_on_from_a_mark(size: int, tasks: int, seed: int) -> None:
+    """Through JSON, and taken while other tasks had been read ahead: later tasks draw the same."""
+    one, other = SpareReservoir(seed=seed, epoch=2), SpareReservoir(seed=seed, epoch=2)
+    items = list(range(size * (tasks + 6)))
+    one.pass_over(items[: size * tasks], size)
+    mark = json.loads(json.dumps(one.mark))
+    other.restore(mark)
+    for reservoir in (one, other):
+        for task in range(tasks, tasks + 6):
+            reservoir.observe(task, items[task * size : (task + 1) * size])
+    assert one.mark == other.mark
+    for task, round in itertools.product(range(tasks, tasks + 4), (1, 3)):
+        assert one.draw(task, 4, round=round) == other.draw(task, 4, round=round)
