@@ -23,7 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def process_settings() -> None:
-    """Workers that crash on purpose leave no core files, and forkserver imports torch once for all of them."""
+    """Workers that crash on purpose leave no core files, and forkserver imports torch once for all of them.
+
+    A shell starts what is to run in the background with SIGINT ignored, and programs inherit that: Ctrl-C, which some
+    tests send, would reach none of them.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     mp.set_forkserver_preload(["torch"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
