@@ -170,8 +170,9 @@ def in_a_child(method: str) -> None:
 def forks(method: str) -> None:
     """A forked copy of the trainer leaves the workers alone, whichever way it ends; the trainer goes on."""
     iterator = iter(loader(method, Numbers(40), persistent_workers=True))
-    taken = [int(next(iterator)[0])]
     workers = pids(iterator)
+    # One batch of each: a worker that is still starting would die of multiprocessing's SIGTERM, and be replaced.
+    taken = [int(next(iterator)[0]) for _ in workers]
     for way in ("return", "exit", "shutdown", "delete"):
         child = os.fork()
         if not child:
