@@ -148,8 +148,12 @@ def read_shared_memory(root: str = "/", *, look_for_stale: bool = True) -> Share
 
 
 def maps_shared_memory(pid: int, root: str = "/") -> bool:
-    """Whether a process maps anything in ``/dev/shm``, removed entries included."""
-    return "/dev/shm/" in read_text(os.path.join(root, f"proc/{pid}/maps"))
+    """Whether a process maps anything in ``/dev/shm``, removed entries included.
+
+    Semaphores, a page each, do not count: tqdm makes one, and every forked worker inherits it.
+    """
+    lines = read_text(os.path.join(root, f"proc/{pid}/maps")).splitlines()
+    return any("/dev/shm/" in line and "/dev/shm/sem." not in line for line in lines)
 
 
 def _stale_entries(root: str, folder: str) -> dict[str, int]:

@@ -182,6 +182,18 @@ def test_what_dead_processes_left_behind(root: Path) -> None:
     assert not limits.maps_shared_memory(19, str(root))
 
 
+def test_a_semaphore_is_no_shared_memory_to_speak_of(tmp_path: Path) -> None:
+    """Locks of ``multiprocessing``, as tqdm makes one, are pages in ``/dev/shm`` that fill nothing."""
+    maps = tmp_path / "proc" / "20" / "maps"
+    maps.parent.mkdir(parents=True)
+    maps.write_text("7f0000000000-7f0000001000 rw-s 00000000 00:1a 5    /dev/shm/sem.mp-x1y2z3 (deleted)\n")
+    assert not limits.maps_shared_memory(20, str(tmp_path))
+    maps.write_text(
+        maps.read_text() + "7f0000002000-7f0000009000 rw-s 00000000 00:1a 6    /dev/shm/torch_1_2 (deleted)\n"
+    )
+    assert limits.maps_shared_memory(20, str(tmp_path))
+
+
 def test_no_shared_memory(root: Path) -> None:
     """None, not an error."""
     assert limits.read_shared_memory(str(root)) is None
