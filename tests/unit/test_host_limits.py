@@ -178,7 +178,7 @@ def test_what_dead_processes_left_behind(root: Path) -> None:
     quick = limits.read_shared_memory(str(root), look_for_stale=False)
     assert quick is not None
     assert quick.stale == ()
-    assert limits.maps_shared_memory(18, str(root))
+    assert limits.maps_shared_memory(20, str(root))
     assert not limits.maps_shared_memory(19, str(root))
 
 
@@ -186,11 +186,10 @@ def test_a_semaphore_is_no_shared_memory_to_speak_of(tmp_path: Path) -> None:
     """Locks of ``multiprocessing``, as tqdm makes one, are pages in ``/dev/shm`` that fill nothing."""
     maps = tmp_path / "proc" / "20" / "maps"
     maps.parent.mkdir(parents=True)
-    maps.write_text("7f0000000000-7f0000001000 rw-s 00000000 00:1a 5    /dev/shm/sem.mp-x1y2z3 (deleted)\n")
+    line = "7f0000000000-7f0000001000 rw-s 00000000 00:1a 5    /dev/shm/{} (deleted)\n"
+    maps.write_text(line.format("sem.mp-x1y2z3"))
     assert not limits.maps_shared_memory(20, str(tmp_path))
-    maps.write_text(
-        maps.read_text() + "7f0000002000-7f0000009000 rw-s 00000000 00:1a 6    /dev/shm/torch_1_2 (deleted)\n"
-    )
+    maps.write_text(line.format("sem.mp-x1y2z3") + line.format("torch_1_2"))
     assert limits.maps_shared_memory(20, str(tmp_path))
 
 
