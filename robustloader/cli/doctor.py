@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from typing import Any
 
 from robustloader.checkup import doctor
 from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader.cli.numbers import count
 from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
-
-
-_COUNT = re.compile("0*[1-9][0-9]{0,8}")
 
 
 def add_parser(commands: Any) -> None:
@@ -30,12 +27,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dataset", metavar="MODULE:CALLABLE", help="what to call for a dataset, such as my_project.data:train_set"
     )
-    parser.add_argument("--batch-size", type=_count, default=1, metavar="N", help="samples in a batch (default: 1)")
+    parser.add_argument("--batch-size", type=count, default=1, metavar="N", help="samples in a batch (default: 1)")
     parser.add_argument(
-        "--num-workers", type=_count, metavar="N", help="worker processes planned (default: one per usable processor)"
+        "--num-workers", type=count, metavar="N", help="worker processes planned (default: one per usable processor)"
     )
     parser.add_argument(
-        "--prefetch-factor", type=_count, default=2, metavar="N", help="batches ahead per worker (default: 2)"
+        "--prefetch-factor", type=count, default=2, metavar="N", help="batches ahead per worker (default: 2)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.set_defaults(run=run)
@@ -63,10 +60,3 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return 0 if report.ok else 1
-
-
-def _count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not _COUNT.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)

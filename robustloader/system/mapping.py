@@ -27,9 +27,7 @@ _libc.mmap.argtypes = (
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_MADV_REMOVE = (
-    9  # <asm-generic/mman-common.h>; Python's mmap module has it too, but only where its own madvise is built
-)
+_MADV_REMOVE = 9  # <asm-generic/mman-common.h>
 
 
 class SharedMapping:
