@@ -181,6 +181,36 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
     return Reading(monkeypatch)
 
 
+@pytest.mark.parametrize("seeding", ["worker", "batch"])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_little_is_under_way_before_the_first_batch_has_told_its_size(workers: int, seeding: str) -> None:
+    """Two tasks a worker, though the sampler is read as torch reads it; then as many as the loader was told."""
+    read: list[int] = []
+
+    def sampler() -> Iterator[list[int]]:
+        for number in range(100):
+            read.append(number)
+            yield [number]
+
+    class Batches:
+        def __iter__(self) -> Iterator[list[int]]:
+            return sampler()
+
+    loader: Any = RobustDataLoader(
+        Leaky(100, 0), batch_sampler=Batches(), num_workers=workers, prefetch_factor=8, seeding=seeding
+    )
+    batches = iter(loader)
+    given = batches._books.ledger.waiting_for
+    assert len(read) == 8 * workers
+    assert [given(worker) for worker in range(workers)] == [2] * workers
+    first = next(batches)
+    assert len(read) == 8 * workers + 1
+    assert not batches._held
+    assert [int(batch) for batch in [first, *batches]] == list(range(100))
+    read.clear()
+    assert [int(batch) for batch in loader] == list(range(100))
+
+
 def test_the_first_batch_tells_what_the_rest_will_take(reading: Reading) -> None:
     """Fewer ahead, then fewer workers, and every sample in order."""
     reading.memory = Memory(limit_bytes=1 << 20, free_bytes=(1 << 20) // 10 + 20_000)
