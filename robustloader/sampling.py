@@ -116,8 +116,10 @@ class ElasticDistributedSampler(_Order, Sampler[int]):
 
     Args:
         dataset: anything with a length.
-        num_replicas, rank: by default those of the current process group.
-        shuffle, seed: as torch's; call ``set_epoch`` before each epoch.
+        num_replicas: number of ranks; by default that of the current process group.
+        rank: this process's, from 0; by default that of the current process group.
+        shuffle: whether each epoch has an order of its own, as torch's; call ``set_epoch`` before each.
+        seed: of that order, the same on all ranks.
         drop_last: what to do with the last indices, too few for one each: drop them (True), or repeat the first ones of
             the order, so that all ranks have the same number of steps (False).
 
@@ -185,7 +187,10 @@ class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
     Args:
         dataset: anything with a length.
         global_batch_size: indices per step of all ranks together; at least ``num_replicas``.
-        num_replicas, rank, shuffle, seed: as for :class:`ElasticDistributedSampler`.
+        num_replicas: number of ranks, as for :class:`ElasticDistributedSampler`.
+        rank: this process's, as there.
+        shuffle: as there.
+        seed: as there.
         drop_last: drop the last, incomplete step (True), or take it; where it has fewer indices than there are ranks,
             it is filled up with the first ones of the order (False).
 
