@@ -1,4 +1,4 @@
-"""Docstrings name other objects the way Sphinx and editors know, ``:class:`~robustloader.Retry```: make links of them."""
+"""Make links of the roles by which docstrings name other objects, ``:class:`~robustloader.Retry```."""
 
 from __future__ import annotations
 
