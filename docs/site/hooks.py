@@ -2,6 +2,7 @@
 
 * The front page, the changelog and the guide for contributors are README.md, CHANGELOG.md and CONTRIBUTING.md.
 * A link to any other file of the repository leads to a copy of it in the site.
+* What is public and on no page of the reference gets a page of its own, so that the reference is always complete.
 * In ``nav``, a pattern such as ``design/0*.md`` stands for all pages that it matches and nobody else names.
 * ``<!-- help: doctor -->`` becomes what ``robustloader doctor --help`` prints.
 """
@@ -12,6 +13,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,28 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from robustloader.cli import main
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from docs.site.public import public_names  # noqa: E402
+from robustloader.cli import main  # noqa: E402
+
 DOCS = ROOT / "docs"
 FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?P<before>\]\()(?P<path>[^()\s#:]+)(?P<after>(?:#[^()\s]*)?\))")
 HELP = re.compile(r"<!-- help: (?P<command>[a-z]+) -->")
+REST = "reference/rest.md"
 SHOWN_AS_TEXT = (".py", ".toml", ".txt")
 """A browser would offer to save these: their copies end in ``.txt``."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Write the patterns in ``nav`` out."""
+    """Write the patterns in ``nav`` out, and name the page of what has no other one."""
     assert config.nav is not None
     config.nav = _expand(config.nav, set(_named(config.nav)))
+    if _rest():
+        reference = next(item["Reference"] for item in config.nav if isinstance(item, dict) and "Reference" in item)
+        reference.append({"Everything else": REST})
     return config
 
 
@@ -43,6 +52,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages that are kept at the root of the repository."""
     for source, page in FROM_ROOT.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    if names := _rest():
+        content = "# Everything else\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
+        files.append(File.generated(config, REST, content=content))
     return files
 
 
@@ -59,6 +71,13 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"{link['before']}{os.path.relpath(place, Path(page.file.src_uri).parent)}{link['after']}"
 
     return HELP.sub(lambda match: _help(match["command"]), LINK.sub(lead, markdown))
+
+
+def _rest() -> list[str]:
+    """The public names that no page of the reference has."""
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    placed = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    return [name for module, short in public_names() if (name := f"{module}.{short}") not in placed]
 
 
 def _place(target: Path, files: Files, config: MkDocsConfig) -> str:

@@ -113,7 +113,7 @@ def test_every_page_can_be_found(anatomies: dict[Path, Anatomy]) -> None:
 
 def test_public_names_are_in_the_reference(anatomies: dict[Path, Anatomy]) -> None:
     """Each name of ``__all__``, of the package and of its public subpackages, has its place in the reference."""
-    from tests.support.public import public_names
+    from docs.site.public import public_names
 
     places = set().union(*(anatomy.places for path, anatomy in anatomies.items() if path.parent.name == "reference"))
     missing = [f"{module}.{name}" for module, name in public_names() if f"{module}.{name}" not in places]

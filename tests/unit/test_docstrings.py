@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from tests.support.public import public_names
+from docs.site.public import public_names
 
 TORCHS = set(inspect.signature(DataLoader.__init__).parameters) - {"num_workers"}
 """Arguments that torch documents; ``num_workers`` may be something else here."""

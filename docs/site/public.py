@@ -6,9 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import robustloader
-
-ROOT = Path(robustloader.__file__).parent
+ROOT = Path(__file__).resolve().parents[2] / "robustloader"
 PUBLIC = ("__init__.py", "testing/__init__.py", "testing/pytest_plugin.py", "integrations/*.py")
 """Modules whose ``__all__`` is a promise. They are read, not imported: an integration needs its framework."""
 
