@@ -23,7 +23,7 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>\S.*) -->")
 SHELL = ("sh", "bash", "shell", "console")
 PYTHON = ("python", "py")
 
-LONG = {"tune": ["--seconds", "1"]}
+LONG = {"tune": ["--seconds", "1", "--candidates", "0,1"], "compare": ["--batches", "6"]}
 """Added to commands that would measure for a while."""
 
 MAY_FIND_TROUBLE = ("doctor",)
