@@ -60,7 +60,6 @@ def test_torchs_words_are_torchs() -> None:
         "Too many open files. Communication with the workers is no longer possible",
         "DataLoader timed out after",
         "Pin memory thread exited unexpectedly",
-        "Got pickle error when attempting to start a worker Process",
         "prefetch_factor option could only be specified in multiprocessing",
         "persistent_workers option needs num_workers > 0",
     ):
