@@ -245,8 +245,9 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         check_setting(state, describe(self))
         check_generators(self, state)
         load_objects(self, state)
+        self._journal.drained = None
         if not state.begun:
-            begin_next(self, state)
+            begin_next(self, state, self._journal)
         self._epochs.jump(state.epoch)
         for key, kind in state.quarantine:
             self._desk.quarantine.restore(key, cast(FaultKind, kind))

@@ -160,6 +160,7 @@ class Progress:
         its end again.
         """
         self.finished = True
+        self._enter()
         latest = self.latest_mark()
         if latest is None or isinstance(latest[1], str) or latest[1].drain:
             return
@@ -217,6 +218,7 @@ class Journal:
         beginning: the random states before the epoch that begins now.
         openings: how the loaded run would begin its next epoch, and how all later ones (see :class:`LoaderState`);
             None where no state was loaded, so that the loader does as torch does.
+        drained: the end of the epoch before the loaded state, as :attr:`Progress.ended` has it.
     """
 
     def __init__(self) -> None:
@@ -224,6 +226,7 @@ class Journal:
         self.loaded: LoaderState | None = None
         self.beginning: Beginning | None = None
         self.openings: tuple[str, str] | None = None
+        self.drained: tuple[bytes, Mark] | None = None
 
     @property
     def base_seed(self) -> int:
@@ -256,7 +259,7 @@ class Journal:
             iterable=iterable,
             sampler=sampler,
             batch_size=batch_size,
-            before=self.progress.ended if self.progress is not None and self.loaded is None else None,
+            before=self.drained if self.loaded is not None or self.progress is None else self.progress.ended,
         )
         owner = weakref.ref(iterator)
         progress.holds = lambda: (held := owner()) is not None and held.holds_batch
@@ -270,7 +273,7 @@ class Journal:
                 progress._due = state.delivered
         elif self.openings is not None:
             self.openings = (self.openings[1], self.openings[1])
-        self.progress, self.loaded = progress, None
+        self.progress, self.loaded, self.drained = progress, None, None
         return progress
 
     def __getstate__(self) -> dict[str, Any]:

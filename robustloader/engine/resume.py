@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import itertools
 import pickle
@@ -206,11 +207,14 @@ def load_objects(loader: Any, state: LoaderState) -> None:
         loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
 
 
-def begin_next(loader: Any, state: LoaderState) -> None:
+def begin_next(loader: Any, state: LoaderState, journal: Journal) -> None:
     """Put the loader's own generators, and its sampler, where they were when a state between two epochs was saved."""
     _set_generators(loader, state.generators_now)
     if state.sampler_drain:
         _drain(loader)
+        with contextlib.suppress(Exception):  # the sampler's state_dict: whoever asks for a state will hear of it
+            ended = pickle.dumps(stateful_sampler(loader).state_dict(), pickle.HIGHEST_PROTOCOL)
+            journal.drained = ended, Mark(pickle.dumps(state.sampler_state[0], pickle.HIGHEST_PROTOCOL), ())
 
 
 def open_next(loader: Any, journal: Journal) -> Opened | None:
@@ -287,9 +291,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         if state.sampler_state:
             if state.spares:
                 spares.restore((state.spares[0], state.spares[1], state.spares[2], state.spares[3]))
-            mark = Mark(
-                pickle.dumps(state.sampler_state[0], pickle.HIGHEST_PROTOCOL), spares.mark, state.sampler_drain
-            )
+            mark = Mark(pickle.dumps(state.sampler_state[0], pickle.HIGHEST_PROTOCOL), spares.mark, state.sampler_drain)
             first = state.delivered - state.sampler_skip
             _pass_over(indices, range(first, state.delivered), observing, batched=batched)
         elif not iterable:
