@@ -16,8 +16,8 @@ from robustloader.state import Delivered, LoaderState
 __all__ = ["Beginning", "Journal", "Mark", "Opened", "Progress", "Resumption", "ShardProgress"]
 
 _MARK_BYTES = 4096
-"""A sampler's state of up to this size is kept after each batch that it gives, a larger one after so many times as many:
-what that costs a batch stays bounded, also where a sampler keeps a whole permutation in its state."""
+"""A sampler's state of up to this size is kept after each batch that it gives, one ``n`` times as large after every
+``n``-th: what that costs a batch stays bounded, also where a sampler keeps a whole permutation in its state."""
 
 
 @dataclass(frozen=True, kw_only=True)

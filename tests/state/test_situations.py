@@ -315,11 +315,10 @@ def test_the_elastic_sampler_is_torchs(size: int, ranks: int, shuffle: bool, dro
             assert (list(ours), len(ours)) == (list(theirs), len(theirs))
 
 
-@pytest.mark.parametrize("later", [1, 2, 6, 16])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("later", "workers"), [(1, 0), (6, 0), (16, 0), (6, 1)])
 def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) -> None:
-    """Saved by 4 ranks: the others read what is left of the global order, each sample once."""
-    size = 4 * 5 * 3 + 96
+    """Saved by 8 ranks: the others read what is left of the global order, each sample once."""
+    size = 8 * 5 * 3 + 96
 
     def loaders(ranks: int) -> list[RobustDataLoader[Any]]:
         samplers = [ElasticDistributedSampler(range(size), ranks, rank, seed=2) for rank in range(ranks)]
@@ -327,14 +326,14 @@ def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) ->
             sampler.set_epoch(1)
         return [RobustDataLoader(Numbers(size), 3, sampler=sampler, num_workers=workers) for sampler in samplers]
 
-    before = loaders(4)
+    before = loaders(8)
     iterators = [iter(each) for each in before]
     read = [number for each in iterators for number in numbers(itertools.islice(each, 5))]
     states = [each.state_dict() for each in before]
     del iterators
     after = loaders(later)
     for rank, each in enumerate(after):
-        each.load_state_dict(states[rank % 4])
+        each.load_state_dict(states[rank % 8])
     rest = [numbers(each) for each in after]
     assert sorted(read + flat(rest)) == list(range(size))
     assert len({len(share) for share in rest}) == 1
