@@ -34,8 +34,8 @@ from robustloader import ElasticDistributedSampler, RobustDataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 PROPERTY = "tests/state/test_stop_anywhere.py"
-PIECE = 30
-"""Cases of one piece: one test of the property."""
+PIECE = 90
+"""Cases of one piece: some tests of the property."""
 
 
 class Lengthy:

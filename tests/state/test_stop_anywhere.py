@@ -195,7 +195,7 @@ def test_stop_anywhere(case: Case, part: int) -> None:
         warnings.simplefilter("ignore")
         torch.manual_seed(5)
         unbroken = case.loader(case.before)
-        whole, *following = [read(unbroken) for _ in range(3)]
+        whole, *following = [read(unbroken) for _ in range(2 + case.past)]
         stop = min(case.stop, len(whole))  # without reading the end
         torch.manual_seed(5)
         first = case.loader(case.before)
