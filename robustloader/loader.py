@@ -22,6 +22,7 @@ from robustloader.engine.resume import (
     describe,
     load_objects,
     note_beginning,
+    open_next,
     reopen,
     stateful_sampler,
 )
@@ -167,14 +168,16 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             warn_datapipe()
             return self.make_torch_iterator()
         state = self._journal.loaded
-        resume = None
+        resume = opened = None
         if state is not None and state.begun:
             resume = reopen(self, state, self._desk)
             self._epochs.jump(state.epoch)
             if resume.onward is not None:
                 self._continuation.begin(resume.onward)
-        elif self._journal.beginning is None:
-            self._journal.beginning = note_beginning(self)
+        else:
+            if self._journal.beginning is None:
+                self._journal.beginning = note_beginning(self)
+            opened = open_next(self, self._journal)
         options = EngineOptions(
             faults=self._desk.policy,
             recovery=self.recovery,
@@ -186,9 +189,11 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             epochs=self._epochs,
             journal=self._journal,
             resume=resume,
+            opened=opened,
             stateful_sampler=stateful_sampler(self),
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
+            batch_size=int(getattr(self.batch_sampler, "batch_size", None) or 0),
             dataset=self.dataset,
             measured=self._measured,
         )
@@ -240,14 +245,16 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         check_setting(state, describe(self))
         check_generators(self, state)
         load_objects(self, state)
+        self._journal.drained = None
         if not state.begun:
-            begin_next(self, state)
+            begin_next(self, state, self._journal)
         self._epochs.jump(state.epoch)
         for key, kind in state.quarantine:
             self._desk.quarantine.restore(key, cast(FaultKind, kind))
         self._desk.budget.faults, self._desk.budget.samples = state.faults, state.samples
         self._continuation.begin(decode_streams(state.streams_now))
         self._journal.loaded = state
+        self._journal.openings = state.openings[0], state.openings[1]
 
     def _refuse_datapipe(self) -> None:
         if torch_private.is_datapipe(self.dataset):

@@ -21,7 +21,13 @@ _CHUNK = 1 << 15
 
 
 class _Order:
-    """One global order per epoch, the same for every number of ranks, and how far all ranks together have read it."""
+    """One global order per epoch, the same for every number of ranks, and how far all ranks together have read it.
+
+    After the last index its state is the end of the order (``ends_in_place``): of an epoch that all have read, nothing
+    is left, until ``set_epoch`` names another one or the next iteration begins.
+    """
+
+    ends_in_place = True
 
     def __init__(
         self, dataset: Any, num_replicas: int | None, rank: int | None, shuffle: bool, seed: int, drop_last: bool
@@ -71,7 +77,7 @@ class _Order:
         return start
 
     def _leave(self, reader: object) -> None:
-        """An iteration has ended or was given up: whoever iterates again gets a whole epoch."""
+        """An iteration was given up: whoever iterates again gets a whole epoch."""
         if self._reader is reader:
             self._position = 0
 
@@ -172,8 +178,9 @@ class ElasticDistributedSampler(_Order, Sampler[int]):
                 for index in share[first : first + _CHUNK].tolist():
                     self._position += replicas
                     yield index
-        finally:
+        except GeneratorExit:
             self._leave(reader)
+            raise
 
 
 class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
@@ -229,5 +236,6 @@ class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
                     piece = np.concatenate([piece, np.resize(order, ranks - len(piece))])
                 self._position = first + size
                 yield piece[self.rank :: ranks].tolist()
-        finally:
+        except GeneratorExit:
             self._leave(reader)
+            raise

@@ -43,6 +43,7 @@ NAMES = (
     "JsonlSink",
     "MemoryLow",
     "MemoryPolicy",
+    "MergedSummary",
     "OpenTelemetrySink",
     "OptionError",
     "PoolHealed",
@@ -76,6 +77,7 @@ NAMES = (
     "WorkerStartError",
     "compare",
     "doctor",
+    "merge_summaries",
     "tune",
 )
 OURS = ("faults", "recovery", "memory", "telemetry", "seeding", "transport")
