@@ -1,14 +1,13 @@
-"""The fast suite under other versions of Python and torch: ``python -m tests.versions python3.12=2.6.0 -o RESULT.json``.
+"""The fast suite under other versions of Python and torch: ``python -m tests.versions python3.12=2.6.0 -o RESULT``.
 
-Question: does what is promised for torch 2.6 to 2.15 and for each Python hold there, and not only where it is developed?
+Question: does what is promised for torch 2.6 to 2.15 and for each Python hold there, and not only where it is made?
 Method: for each pair, one after another: an environment from nothing, torch of that version as PyPI has it, everything
-else as ``constraints.txt`` pins it (except what torch itself asks for), the last commit unpacked beside it, mypy, and each
-file of ``PARTS`` in a pytest of its own, so that an interpreter that dies costs one file. Then the environment is removed.
-The result file is written after each pair and keeps the others that it has.
+else as ``constraints.txt`` pins it (except what torch itself asks for), the last commit unpacked beside it, mypy, and
+each file of ``PARTS`` in a pytest of its own, so that an interpreter that dies costs one file. Then the environment is
+removed. The result file is written after each pair and keeps the others that it has.
 Trap: on Linux, PyPI's torch brings three gigabytes of CUDA or more; TMPDIR should be on a disk that holds 10 GB.
-Rerun: as above, with as many pairs as wanted; ``--only TEXT`` runs the files whose path contains it (and writes no result
-without ``-o``); ``--before 'nice -n 19'`` puts a command before each step that computes. Exit status 1 when anything
-failed.
+Rerun: as above, with as many pairs as wanted; ``--only TEXT`` runs the files whose path contains it, without mypy;
+``--before 'nice -n 19'`` puts a command before each step that computes. Exit status 1 when anything failed.
 """
 
 from __future__ import annotations
