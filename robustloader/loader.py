@@ -198,7 +198,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         if self.num_workers == 0 or alone:
             iterator = InProcessIterator(self, options)
         else:
-            self.check_worker_number_rationality()
+            self.check_worker_number_rationality()  # type: ignore[no-untyped-call,unused-ignore]
             iterator = MultiprocessIterator(self, options)
         self._iterators.add(iterator)
         return iterator

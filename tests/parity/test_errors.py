@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import multiprocessing as mp
 import pickle
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.data.dataloader as torch_dataloader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from robustloader import RobustDataLoader, SampleError, WorkerError, WorkerStartError
@@ -385,7 +387,7 @@ def test_wrong_arguments(arguments: dict[str, Any], mode: str) -> None:
         # What a sample or collate_fn raises is a fault then; the constructor's business is still torch's.
         assert ours.notes[:2] == torchs.notes[:2]
     else:
-        assert ours == torchs
+        assert ours.as_terse_as(torchs) == torchs
     gc.collect()  # so that torch's __del__ complains here
 
 
@@ -535,7 +537,11 @@ def test_a_stream_that_cannot_begin(num_workers: int) -> None:
 
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_a_dataset_that_does_not_pickle(context: str) -> None:
-    """Under spawn and forkserver iter() raises what pickling raised, with torch's warning before it."""
+    """Under spawn and forkserver iter() raises what pickling raised, with torch's warning before it.
+
+    Torch has that warning since a later version than the oldest one; here it is always given.
+    """
+    warns = "Got pickle error" in inspect.getsource(torch_dataloader)
     told = []
     for kind, options in ((DataLoader, {}), (RobustDataLoader, STRICT)):
         dataset = data.Shared(2, lambda index: index)
@@ -545,7 +551,8 @@ def test_a_dataset_that_does_not_pickle(context: str) -> None:
             with pytest.raises((AttributeError, pickle.PicklingError), match="lambda") as raised:
                 iter(loader)
         told.append((type(raised.value), [(w.category, str(w.message)) for w in caught]))
-    assert told[0] == told[1]
+    assert told[0][0] is told[1][0]
+    assert told[0][1] == (told[1][1] if warns else [])
     with (
         pytest.warns(match="Got pickle error when attempting to start a worker Process"),
         pytest.raises(WorkerStartError, match="lambda") as robust,
