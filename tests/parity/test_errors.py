@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import multiprocessing as mp
 import pickle
 import warnings
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.utils.data.dataloader as torch_dataloader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from robustloader import RobustDataLoader, SampleError, WorkerError, WorkerStartError
 from tests.support import parity_data as data
 from tests.support.parity_run import MODES, STRICT, Program, assert_same, describe
+from tests.support.torches import WARNS_OF_PICKLING
 
 workers = pytest.mark.parametrize("num_workers", [0, 1, 2])
 pytestmark = pytest.mark.filterwarnings(
@@ -541,7 +540,6 @@ def test_a_dataset_that_does_not_pickle(context: str) -> None:
 
     Torch has that warning since a later version than the oldest one; here it is always given.
     """
-    warns = "Got pickle error" in inspect.getsource(torch_dataloader)
     told = []
     for kind, options in ((DataLoader, {}), (RobustDataLoader, STRICT)):
         dataset = data.Shared(2, lambda index: index)
@@ -552,7 +550,7 @@ def test_a_dataset_that_does_not_pickle(context: str) -> None:
                 iter(loader)
         told.append((type(raised.value), [(w.category, str(w.message)) for w in caught]))
     assert told[0][0] is told[1][0]
-    assert told[0][1] == (told[1][1] if warns else [])
+    assert told[0][1] == (told[1][1] if WARNS_OF_PICKLING else [])
     with (
         pytest.warns(match="Got pickle error when attempting to start a worker Process"),
         pytest.raises(WorkerStartError, match="lambda") as robust,
