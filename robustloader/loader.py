@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
@@ -82,7 +82,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         shuffle: bool | None = None,
         sampler: Sampler[Any] | Iterable[Any] | None = None,
         batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
-        num_workers: int = 0,
+        num_workers: int | Literal["auto"] = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         drop_last: bool = False,
@@ -103,7 +103,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         transport: Transport = "auto",
         **kwargs: Any,
     ) -> None:
-        if isinstance(num_workers, AutoWorkers) or num_workers == "auto":  # type: ignore[comparison-overlap]
+        if isinstance(num_workers, AutoWorkers) or num_workers == "auto":
             num_workers = AutoWorkers.resolve(host.usable_cpus(), os.environ.get("LOCAL_WORLD_SIZE"))
         super().__init__(
             dataset,
@@ -203,7 +203,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         if self.num_workers == 0 or alone:
             iterator = InProcessIterator(self, options)
         else:
-            self.check_worker_number_rationality()
+            self.check_worker_number_rationality()  # type: ignore[no-untyped-call,unused-ignore]
             iterator = MultiprocessIterator(self, options)
         self._iterators.add(iterator)
         return iterator

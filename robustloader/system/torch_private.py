@@ -312,7 +312,7 @@ class LoaderIterator(_BaseDataLoaderIter):
         return batch
 
     def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)
+        super()._reset(loader, first_iter)  # type: ignore[no-untyped-call,unused-ignore]
         self._kept.clear()
         self.begin_epoch(loader, first=first_iter)
 
