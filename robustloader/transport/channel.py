@@ -205,10 +205,15 @@ class Channel:
 
     # --- receiving
 
-    def receive(self) -> tuple[list[Frame], bool]:
+    @property
+    def has_released(self) -> bool:
+        """Whether there is something in the other side's arena to give back, with the next message."""
+        return self.arena is not None and self.arena.has_released
+
+    def receive(self, *, wait: bool = True) -> tuple[list[Frame], bool]:
         """Whole frames that have come in, and whether the other end is closed.
 
-        On a blocking socket it waits for some bytes first, and may return no frame.
+        On a blocking socket it waits for some bytes first, unless told not to, and may return no frame.
 
         Raises:
             ArenaLost: a frame cannot be read because its arena did not arrive.
@@ -221,7 +226,7 @@ class Channel:
             wanted = target if target is not None else self._scratch
             try:
                 if blocking:
-                    count = self._socket.recv_into(wanted)
+                    count = self._socket.recv_into(wanted, 0, 0 if wait else socket.MSG_DONTWAIT)
                 else:
                     count, ancillary, _, _ = self._socket.recvmsg_into([wanted], _ANCILLARY_BYTES)
                     if ancillary:
@@ -342,13 +347,13 @@ class _Parser:
             if self._stage == "head" and not self._have and data.nbytes >= _HEAD.size:
                 end = _HEAD.size + self._body_size(data)
                 if data.nbytes >= end:  # all of it is here: nothing to wait for, and nothing to piece together
-                    frame = self._open_body(memoryview(bytes(data[_HEAD.size : end])))
+                    whole = self._open_body(memoryview(bytes(data[_HEAD.size : end])))
                     data = data[end:]
                     if self._pending:
-                        self._stage, self._frame = "buffers", frame
+                        self._stage, self._frame = "buffers", whole
                         self._expect(self._pending.pop())
                     else:
-                        frames.append(frame)
+                        frames.append(whole)
                     continue
             take = min(self._wanted.nbytes - self._have, data.nbytes)
             self._wanted[self._have : self._have + take] = data[:take]

@@ -1,6 +1,6 @@
 """What the two sides say to each other, one class per message.
 
-Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`.
+Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`, :class:`Released`.
 Worker to training process: :class:`Ready`, :class:`Resumed`, :class:`StartFailed`, :class:`Fetched`, :class:`Unfilled`,
 :class:`Failed`, :class:`Exhausted`, :class:`TrialPassed`.
 
@@ -24,6 +24,7 @@ __all__ = [
     "Fetched",
     "Raised",
     "Ready",
+    "Released",
     "Report",
     "Resume",
     "Resumed",
@@ -69,6 +70,10 @@ class Resume(NamedTuple):
     run: int
     epoch: int
     base_seed: int
+
+
+class Released(NamedTuple):
+    """Nothing to do: only that memory of the arena may be used again, which goes along with any message."""
 
 
 class Resumed(NamedTuple):
@@ -234,6 +239,7 @@ _KINDS: tuple[type[Any], ...] = (
     Failed,
     Exhausted,
     TrialPassed,
+    Released,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 
