@@ -2,10 +2,11 @@
 
 Question: does a run of days lose, double or reorder a sample, convict a healthy one, or leak?
 Method: cases are drawn from a seed: kind of dataset, start method, workers, prefetch, order, seeding, transport, sizes
-from bytes to megabytes, persistent workers over epochs, fixed pools and pools that shrink to nothing. A thread kills
-workers at seeded intervals. Each batch is checked whole, byte by byte; after each case, processes, descriptors, threads
-and ``/dev/shm`` are what they were; over all cases the trainer's own memory must not grow. With ``--convict``: two long
-runs, of 10 ms and of 200 ms a sample, with a kill a second; no sample may be blamed in the end.
+from bytes to megabytes, how long a batch loads, persistent workers over epochs, fixed pools and pools that shrink to
+nothing. A thread kills workers at seeded intervals. Each batch is checked whole, byte by byte; after each case,
+processes, descriptors, threads and ``/dev/shm`` are what they were; over all cases the trainer's own memory must not
+grow. With ``--convict``: two long runs, of 10 ms and of 200 ms a sample, with a kill a second; no sample may be blamed
+in the end.
 Trap: which instruction a kill hits is the machine's timing, so a seed repeats the cases and not the moments.
 Rerun: ``python -m tests.soak --seconds 1800 --seed 7 -o RESULT.json``; exit status 1 when anything was wrong.
 """
@@ -59,6 +60,7 @@ class Case:
     seeding: str
     batch_size: int
     payload_bytes: int
+    load_s: float
     batches: int
     epochs: int
     persistent: bool
@@ -85,6 +87,7 @@ class Case:
             seeding=rng.choice(["worker", "batch"]),
             batch_size=batch_size,
             payload_bytes=max(8, batch_bytes // batch_size),
+            load_s=rng.choice([0.0, 0.002, 0.01]) / batch_size,
             batches=rng.randint(20, 60) if slow_start or large else rng.randint(60, 400),
             epochs=rng.choice([1, 1, 2, 3]),
             persistent=rng.random() < 0.5,
@@ -124,15 +127,17 @@ class Samples(Dataset[torch.Tensor]):
 
 
 class Stream(IterableDataset[torch.Tensor]):
-    """Iterable, shared out among the workers by stride."""
+    """Iterable, shared out among the workers by stride; each sample takes ``seconds``."""
 
-    def __init__(self, size: int, nbytes: int) -> None:
-        self.size, self.nbytes = size, nbytes
+    def __init__(self, size: int, nbytes: int, seconds: float = 0.0) -> None:
+        self.size, self.nbytes, self.seconds = size, nbytes, seconds
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         info = get_worker_info()
         first, step = (info.id, info.num_workers) if info is not None else (0, 1)
         for index in range(first, self.size, step):
+            if self.seconds:
+                time.sleep(self.seconds)
             yield payload_of(index, self.nbytes)
 
 
@@ -196,7 +201,7 @@ def run_case(case: Case, totals: Totals) -> None:
     """One loader, some epochs of it, and kills all the time."""
     size = case.batches * case.batch_size
     witness = Witness()
-    dataset: Any = (Samples if case.kind == "map" else Stream)(size, case.payload_bytes)
+    dataset: Any = (Samples if case.kind == "map" else Stream)(size, case.payload_bytes, case.load_s)
     loader: Any = RobustDataLoader(
         dataset,
         batch_size=case.batch_size,
@@ -311,12 +316,12 @@ def convict(seconds: float, seed: int, totals: Totals) -> None:
             totals.problem(name, f"healthy samples were blamed: {list(loader.fault_log)}")
 
 
-def result_of(options: argparse.Namespace, totals: Totals, wall_s: float) -> dict[str, Any]:
-    """Everything, for a file."""
+def result_of(options: argparse.Namespace, setting: dict[str, Any], totals: Totals, wall_s: float) -> dict[str, Any]:
+    """Everything, for a file; ``setting`` is where and with what it ran, as it was at the start."""
     readings = totals.own_bytes
     return {
         "what": "convict" if options.convict else "soak",
-        **describe(),
+        **setting,
         "seconds": round(wall_s, 1),
         "seed": options.seed,
         "counts": dict(sorted(totals.counts.items())),
@@ -335,13 +340,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--convict", action="store_true", help="long runs of slow samples, a kill a second")
     parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(argv)
-    totals = Totals()
+    setting, totals = describe(":/tests"), Totals()
     logging.getLogger("robustloader").setLevel(logging.ERROR)  # every pool that shrinks, as it must
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         (convict if options.convict else soak)(options.seconds, options.seed, totals)
-    result = result_of(options, totals, time.monotonic() - began)
+    result = result_of(options, setting, totals, time.monotonic() - began)
     for name, count in result["counts"].items():
         print(f"{name:40} {count:>12,}")
     print(f"{'problems':40} {len(totals.failures):>12,}")
