@@ -8,6 +8,9 @@ either, so several must end so in a row.
 
 A death in ``__getitems__``, collate or encode names no sample: the task is loaded again *carefully*, sample by sample,
 with each sample collated and encoded alone first, so that the next death does name one.
+
+A stream cannot be jumped, so none of its samples is tried alone. A share is given up when its processes die again and
+again and no batch arrives; kills from outside count only while they hit the very same sample.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ from typing import Literal
 
 from robustloader.decisions.keys import Key
 
-__all__ = ["OUTSIDE_TRIALS", "Blame", "Cause", "Judgement"]
+__all__ = ["OUTSIDE_TRIALS", "Blame", "Cause", "Judgement", "Point", "ShardBlame"]
 
 Cause = Literal["memory", "shared memory", "crash", "exit", "killed", "start", "hang", "unknown"]
 
 # With 200 ms samples and a kill a second over two workers, a trial is hit about one time in ten; four in a row are then
 # one in ten thousand suspects, and a suspect itself is rare.
 OUTSIDE_TRIALS = 4
+
+Point = tuple[object, ...]
+"""Names the moment of loading a batch at which a process died: a sample, or collating, or encoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +120,28 @@ class Blame:
         """Deaths counted against a sample that has been neither convicted nor acquitted."""
         suspect = self._samples.get(key)
         return suspect.deaths + suspect.memory_deaths if suspect else 0
+
+
+@dataclass(slots=True)
+class ShardBlame:
+    """The open case of one share of a stream: whether the place that its processes come to kills them.
+
+    Attributes:
+        deaths: how many have died by themselves since the last batch arrived.
+        kills: how many were killed, perhaps from outside, at ``point``, one after the other.
+        point: where the last of those was.
+    """
+
+    deaths: int = 0
+    kills: int = 0
+    point: Point | None = None
+
+    def died(self, point: Point, cause: Cause, *, poison_after: int) -> int:
+        """A process died of ``cause`` at ``point``: how many died so, where that is proof, or 0."""
+        if cause not in ("killed", "unknown", "memory"):
+            self.deaths += 1
+            return self.deaths if self.deaths > poison_after else 0
+        if point != self.point:
+            self.point, self.kills = point, 0
+        self.kills += 1
+        return self.kills if self.kills >= poison_after + OUTSIDE_TRIALS else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from robustloader.decisions.blame import OUTSIDE_TRIALS, Cause, Judgement
+from robustloader.decisions.blame import Cause, Judgement, Point
 from robustloader.decisions.keys import Key, index_key
 from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
@@ -18,6 +18,7 @@ from robustloader.engine.pool import Died, NotStarted, Worker
 from robustloader.errors import ResourceError, WorkerError, WorkerHangError, WorkerStartError
 from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
+from robustloader.worker.beacon import Reading
 
 __all__ = ["Recovery"]
 
@@ -110,14 +111,11 @@ class Recovery:
         for order in reversed(lost):
             order.worker_id = slot.worker_id  # only this shard can do it
             slot.orders.appendleft(order)
-        outside = cause in ("killed", "unknown", "memory")
-        if died.reading.phase not in ("idle", "init") and died.reading.task >= 0:
-            slot.kills += outside
-            slot.deaths += not outside
-        if slot.deaths <= self.policy.poison_after and slot.kills < self.policy.poison_after + OUTSIDE_TRIALS:
+        point = _point_of(died.reading, self.books.run)
+        deaths = slot.blame.died(point, cause, poison_after=self.policy.poison_after) if point is not None else 0
+        if not deaths:
             self._restart_or_shrink(slot, cause, None)
             return
-        deaths = slot.deaths + slot.kills
         reason = f"{deaths} of its processes died at the same point of the stream ({cause})"
         task = lost[0] if lost else Task(-1, None, [])
         self._record("poison", None, reason, task, deaths, event, "skipped")
@@ -394,3 +392,10 @@ class Recovery:
             self.crew.schedule(slot)
             return slot
         return None
+
+
+def _point_of(reading: Reading, run: int) -> Point | None:
+    """Which moment of loading a batch of this run a process died at; None where it was at none."""
+    if reading.phase in ("idle", "init") or reading.run != run or reading.task < 0:  # reading it again is no task
+        return None
+    return reading.task, reading.phase, reading.position
