@@ -47,7 +47,8 @@ def _version(name: str) -> str | None:
 
 
 def _commit(more: tuple[str, ...]) -> dict[str, Any]:
-    """The commit of the working tree, and whether the code that was measured differs from it."""
+    """The commit of the working tree, git's name for its ``robustloader/`` (the same in every commit with that content),
+    and whether the code that was measured differs from it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -55,6 +56,10 @@ def _commit(more: tuple[str, ...]) -> dict[str, Any]:
 
     try:
         code = (":/robustloader", ":/benchmarks/*.py", *more)
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *code))}
+        return {
+            "hash": git("rev-parse", "HEAD"),
+            "package": git("rev-parse", "HEAD:robustloader"),
+            "dirty": bool(git("status", "--porcelain", "--", *code)),
+        }
     except (OSError, subprocess.CalledProcessError):
-        return {"hash": None, "dirty": None}
+        return {"hash": None, "package": None, "dirty": None}
