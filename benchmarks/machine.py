@@ -47,8 +47,8 @@ def _version(name: str) -> str | None:
 
 
 def _commit(more: tuple[str, ...]) -> dict[str, Any]:
-    """The commit of the working tree, git's name for its ``robustloader/`` (the same in every commit with that content),
-    and whether the code that was measured differs from it."""
+    """The commit of the working tree, git's name for the content of ``robustloader/`` in it, which other commits may
+    share, and whether the code that was measured differs from it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]

@@ -222,18 +222,8 @@ class Recovery:
             for case in cases:
                 deaths = self.books.blame.deaths_of(case.key)
                 message = f"it was in hand when {deaths} workers died, and no process could be had to try it alone"
-                action = self.books.desk.policy.action
-                record = FaultRecord(
-                    kind="crash",
-                    index=case.index,
-                    message=message,
-                    epoch=self.books.epoch,
-                    task=case.task.id,
-                    attempts=deaths,
-                    action="skipped" if action == "skip" else "replaced",
-                )
                 self.books.desk.quarantine.add(case.index, "crash")
-                self._enter(record)
+                self._enter(self._left_out(case.index, message, case.task, deaths))
                 self._requeue(case.waiting)
         for task in self.books.ledger:
             if not task.arrived and self.books.suspected(task):
@@ -252,21 +242,22 @@ class Recovery:
             blame.arrived(task.id, map(index_key, task.samples))
             return
         task.avoid = tuple(sorted({*task.avoid, *(suspects or range(len(task.samples)))}))
-        action = self.books.desk.policy.action
         message = "workers died while it was in hand, and no process could be had to try it again"
         for index in [task.samples[place] for place in sorted(suspects)] or [None]:
-            self._enter(
-                FaultRecord(
-                    kind="crash",
-                    index=index,
-                    message=message,
-                    epoch=self.books.epoch,
-                    task=task.id,
-                    attempts=task.attempt,
-                    action="skipped" if action == "skip" else "replaced",
-                )
-            )
+            self._enter(self._left_out(index, message, task, task.attempt))
         blame.arrived(task.id, map(index_key, task.samples))
+
+    def _left_out(self, index: Any, message: str, task: Task, deaths: int) -> FaultRecord:
+        """What is recorded of a sample (or, without index, of a task) that is done without, unproved."""
+        return FaultRecord(
+            kind="crash",
+            index=index,
+            message=message,
+            epoch=self.books.epoch,
+            task=task.id,
+            attempts=deaths,
+            action="skipped" if self.books.desk.policy.action == "skip" else "replaced",
+        )
 
     # --- restarts, and fewer workers
 

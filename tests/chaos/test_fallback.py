@@ -26,24 +26,12 @@ from robustloader import (
 )
 from robustloader.system import host
 from tests.chaos.test_deaths import deadly
-from tests.support.datasets import DEATHS, DeadlyInit, Death, Numbers, Stream
+from tests.support.datasets import DEATHS, DeadlyInit, Death, KillEveryWorker, Numbers, Stream
 from tests.support.listener import Listener, flat
 from tests.support.peek import pids
 from tests.support.watch import kill
 
 BROKE = RecoveryPolicy(max_restarts=2, backoff_s=0)
-
-
-class KillEveryWorker:
-    """A ``worker_init_fn`` that no worker survives."""
-
-    def __init__(self, how: int = signal.SIGKILL) -> None:
-        self.trainer = os.getpid()
-        self.how = how
-
-    def __call__(self, worker_id: int) -> None:
-        if os.getpid() != self.trainer:
-            os.kill(os.getpid(), self.how)
 
 
 class Rolls(Numbers):

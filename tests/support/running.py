@@ -12,13 +12,17 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.trainers import TRANSPORT_VARIABLE
+from tests.support.transports import chosen_transport
 from tests.support.watch import PATIENCE_S, await_gone, is_gone, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Trainer:
-    """A running ``tests.support.trainers`` program, in a process group of its own."""
+    """A running ``tests.support.trainers`` program, in a process group of its own. Its loaders use the transport that
+    loaders use here.
+    """
 
     def __init__(self, name: str, *arguments: object) -> None:
         command = [sys.executable, "-X", "faulthandler", "-m", "tests.support.trainers", name, *map(str, arguments)]
@@ -29,7 +33,12 @@ class Trainer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::ResourceWarning"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "error::ResourceWarning",
+                TRANSPORT_VARIABLE: chosen_transport(),
+            },
         )
         self._text = b""
         self.known: list[psutil.Process] = []

@@ -23,6 +23,9 @@ from tests.support.datasets import Numbers
 from tests.support.peek import await_bytes
 from tests.support.watch import post, wait_at
 
+TRANSPORT_VARIABLE = "ROBUSTLOADER_TESTS_TRANSPORT"
+"""Names the transport that the program's loaders use."""
+
 
 class Sleeper(Numbers):
     """Sample 1 starts a child of its own, tells a mailbox both process ids, and waits at a gate for ever. Those after
@@ -52,8 +55,14 @@ def wait_for_a_line() -> None:
 
 
 def loader(method: str, dataset: Any = None, **kwargs: Any) -> Any:
-    kwargs = {"batch_size": 1, "num_workers": 2, "multiprocessing_context": method, **kwargs}
-    return RobustDataLoader(dataset if dataset is not None else Numbers(64), **kwargs)
+    options = {
+        "batch_size": 1,
+        "num_workers": 2,
+        "multiprocessing_context": method,
+        "transport": os.environ.get(TRANSPORT_VARIABLE, "auto"),
+        **kwargs,
+    }
+    return RobustDataLoader(dataset if dataset is not None else Numbers(64), **options)
 
 
 def pids(iterator: Any) -> str:
