@@ -28,7 +28,7 @@ from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import StandIn, batch_nbytes, calls_of
-from robustloader.engine.memory import MemoryGuard, arena_limits
+from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
@@ -120,6 +120,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self.closed = False
         self._arena, self._no_arena = arena_limits(options.transport, options.memory, self.num_workers)
         self._happenings: deque[Happening] = deque()
+        self._size_awaited = False
+        self._held: deque[Task] = deque()
         self._guard = MemoryGuard(
             options.memory,
             options.measured,
@@ -305,7 +307,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._crew.memory_low = False
         self._prefetch = self._guard.begin_epoch(self._wanted_prefetch, self.num_workers, self._books.recording)
         self._begin_progress(first=first)
-        for _ in range(self._prefetch * sum(not slot.ended for slot in self._crew.slots)):
+        self._held.clear()
+        self._size_awaited = self._guard.awaits_size and self._prefetch > UNSIZED_PREFETCH and not self._recovery.local
+        ahead = UNSIZED_PREFETCH if self._size_awaited and self._options.iterable else self._prefetch
+        for _ in range(ahead * sum(not slot.ended for slot in self._crew.slots)):
             self._put()
 
     def _resume(self, worker: Worker) -> None:
@@ -333,11 +338,37 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return
         task = self._books.open(indices)
         self._progress.read(task.id, self._books.spares)
+        if self._size_awaited and len(self._books.ledger) > UNSIZED_PREFETCH * len(self._crew.slots):
+            self._held.append(task)
+        else:
+            self._hand_out(task)
+
+    def _hand_out(self, task: Task) -> None:
         chosen = None if self._recovery.local or self._books.closing else self._choose()
         if chosen is None:
             self._books.requeue(task)
         else:
             self._give(task, chosen)
+
+    def _end_holding(self, *, fits: bool = True) -> None:
+        """Hand out what was read from the sampler and held until a batch would tell its size.
+
+        Args:
+            fits: whether all of it may be under way; else workers get it as they have room.
+        """
+        if not self._size_awaited:
+            return
+        self._size_awaited = False
+        held = list(self._held)
+        self._held.clear()
+        for task in held:
+            if fits:
+                self._hand_out(task)
+            else:
+                self._books.requeue(task)
+        if not fits:
+            self._feed_all()
+        self._top_up()
 
     def _next_shard(self) -> Slot | None:
         slots = self._crew.slots
@@ -544,6 +575,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._on_started(happening.worker)
                 else:
                     self._recovery.on_not_started(happening)
+                    self._end_holding()
                     self._feed_all()
                     self._wake_orphan()
             except SampleError as error:  # the fault budget
@@ -563,6 +595,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         else:
             self._recovery.on_died(died)
             self._feed_all()
+        self._end_holding()
         self._wake_orphan()
         self._top_up()
 
@@ -617,6 +650,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._feed_all()
         elif message.run == self._books.run:
             self._on_task_message(message, slot, worker, frame)
+            self._end_holding()
         self._feed(slot)
 
     def _on_task_message(self, message: Any, slot: Slot, worker: Worker, frame: Frame) -> None:
@@ -795,10 +829,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         except ResourceError as error:
             books.raise_once(error)
             return
+        fits = plan is None or (plan.prefetch_factor, plan.workers) == (self._prefetch, self._crew.size)
         if plan is not None and plan.prefetch_factor < self._prefetch:
             self._lower_prefetch(plan.prefetch_factor)
         if plan is not None and plan.workers < self._crew.size:
             self._take_away(self._crew.size - plan.workers, "the batches of more workers do not fit into memory")
+        self._end_holding(fits=fits)
 
     def _watch_memory(self) -> None:
         """Memory that becomes low in the middle of an epoch: give up lookahead, then workers."""
@@ -852,6 +888,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _load_here(self) -> bool:
         """Load one batch in this process: the oldest task, or the next of the first shard that waits."""
+        self._end_holding()
         if self._take_pinned():
             return True
         if not self._options.iterable:

@@ -34,12 +34,16 @@ from robustloader.system.mapping import SharedMapping
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.arena import ArenaLimits
 
-__all__ = ["MemoryGuard", "arena_limits"]
+__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits"]
 
 logger = logging.getLogger("robustloader")
 
 LOOK_EVERY_NS = 1_000_000_000
 """Reading the control group's files takes some 50 µs: once a second is nothing, and soon enough where batches are."""
+
+UNSIZED_PREFETCH = 2
+"""Tasks each worker is given while no batch of this loader has been seen: torch's default ``prefetch_factor``. How much
+more may be under way is known when the first one tells its size; by then quick workers would have loaded them all."""
 
 _LEAST_ARENA_BYTES = 64 * 1024 * 1024
 
@@ -108,6 +112,11 @@ class MemoryGuard:
         )
 
     # --- before an epoch, and with its first batch
+
+    @property
+    def awaits_size(self) -> bool:
+        """Whether nothing is known yet of how large this loader's batches are, and it matters."""
+        return self.policy is not None and not self.measured.batch_bytes
 
     def begin_epoch(self, prefetch_factor: int, workers: int, recording: EpochRecording) -> int:
         """The ``prefetch_factor`` to begin an epoch with, given how much memory is free.

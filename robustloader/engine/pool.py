@@ -95,7 +95,7 @@ class Worker:
             )
             process = context.Process(target=run_worker, args=(setup,))
             process.daemon = True
-            with own_fork(self._fork_token):
+            with own_fork(self._fork_token), host.signals_held(context.get_start_method()):
                 process.start()
             self.process = process
             self._pid = process.pid

@@ -13,7 +13,8 @@ import os
 import select
 import signal
 import weakref
-from multiprocessing import reduction
+from collections.abc import Iterator
+from multiprocessing import reduction, resource_tracker
 from typing import Any
 
 from robustloader.system.cgroups import read_text
@@ -28,7 +29,9 @@ __all__ = [
     "hold_lifeline",
     "memory_kills",
     "open_pidfd",
+    "release_signals",
     "signal_name",
+    "signals_held",
     "usable_cpus",
 ]
 
@@ -45,6 +48,35 @@ def yield_to_others() -> None:
     with contextlib.suppress(OSError, AttributeError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+_TO_EVERYBODY = (signal.SIGINT, signal.SIGTERM)
+"""Signals that a terminal or a scheduler sends to a whole job, and that are the training process's business."""
+
+
+@contextlib.contextmanager
+def signals_held(start_method: str) -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back in this thread while it starts a process, which begins with them held back, too.
+
+    A process that is still importing would answer them with a traceback of its own, or die. It calls
+    ``release_signals`` once it has handlers. Nothing is lost: what arrives here meanwhile is delivered at the end. The
+    processes of a forkserver are not started from here: they take no notice.
+    """
+    if start_method == "forkserver":  # a server that is started now would hold them back for ever
+        yield
+        return
+    if start_method == "spawn":  # starting it in between would let them through again
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_EVERYBODY)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_signals() -> None:
+    """In a started process: from here on its handlers see to Ctrl-C and SIGTERM."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_EVERYBODY)
 
 
 def prefer_to_be_killed() -> None:

@@ -199,6 +199,7 @@ class _Worker:
         torch_private.prepare_worker_process()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _do_nothing)
+        host.release_signals()
         with contextlib.suppress(ValueError, OSError, RuntimeError):
             faulthandler.register(STACK_SIGNAL, file=self.setup.stacks.take(), all_threads=True, chain=False)
 

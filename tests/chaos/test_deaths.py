@@ -193,7 +193,7 @@ def test_a_finished_batch_and_then_a_death(tmp_path: Path) -> None:
     """What had arrived in full is not loaded again; what had not is, once."""
     with Mailbox(tmp_path / "mailbox") as mailbox:
         dataset = Telling(16, mailbox.path, at=8)
-        iterator = iter(RobustDataLoader(dataset, batch_size=4, num_workers=1, prefetch_factor=3))
+        iterator = iter(RobustDataLoader(dataset, batch_size=4, num_workers=1, prefetch_factor=3, memory=None))
         mailbox.take()  # who loads the third batch has sent the first two
         kill(pids(iterator)[0], signal.SIGKILL)
         attempts = []

@@ -139,6 +139,11 @@ def test_ctrl_c(method: str) -> None:
     assert err.rstrip().endswith("KeyboardInterrupt")
 
 
+def test_signals_while_spawned_workers_start() -> None:
+    """Ctrl-C and SIGTERM to workers that are still importing: no traceback, no death."""
+    assert check_silent_end("interrupted_while_starting", "spawn", said="saved\n") == ""
+
+
 @FORK
 def test_ctrl_c_in_next(method: str, tmp_path: Path) -> None:
     """While the loader waits for a worker that is stuck, with a child of its own."""

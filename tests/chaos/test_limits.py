@@ -28,6 +28,7 @@ from tests.support.limited import MIB, Leaky, LeakyStream
 from tests.support.listener import Listener, flat
 
 ROOT = Path(__file__).resolve().parents[2]
+GROUP_BYTES = 896 * MIB
 PLENTY = Memory(limit_bytes=1000 * MIB, free_bytes=900 * MIB)
 LOW = Memory(limit_bytes=1000 * MIB, free_bytes=99 * MIB)
 
@@ -135,11 +136,11 @@ def test_a_full_dev_shm_that_the_dataset_uses(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def memory_group() -> Iterator[str]:
-    """A control group of its own with 768 MiB."""
+    """A control group of its own of 896 MiB."""
     path = Path(f"/sys/fs/cgroup/memory/robustloader-test-{os.getpid()}")
     try:
         path.mkdir()
-        (path / "memory.limit_in_bytes").write_text(str(768 * MIB))
+        (path / "memory.limit_in_bytes").write_text(str(GROUP_BYTES))
     except OSError as error:
         if path.is_dir():
             path.rmdir()
@@ -149,7 +150,7 @@ def memory_group() -> Iterator[str]:
 
 
 def test_a_control_group_with_little_memory(memory_group: str) -> None:
-    """4 workers ahead by 8 would hold 37 batches of 32 MiB in 768 MiB: they hold fewer, and nobody is killed."""
+    """4 workers ahead by 8 would hold 37 batches of 32 MiB (1.2 GB) in 896 MiB: they hold fewer, and nobody is killed."""
     told = run("small_memory", memory_group)
     assert told["seen"] == [float(number) for number in range(40)]
     assert told["crashes"] == 0
@@ -157,14 +158,14 @@ def test_a_control_group_with_little_memory(memory_group: str) -> None:
     action, wanted, free = told["low"][0]
     assert action == "adapt"
     assert wanted > free
-    assert free < 768 * MIB
+    assert free < GROUP_BYTES
     assert any("prefetches" in text for text in told["warned"])
     counts = dict(line.split() for line in Path(memory_group, "memory.oom_control").read_text().splitlines())
     assert counts.get("oom_kill", "0") == "0"
     verdict, remedy, _ = told["checks"]["lookahead"]
     assert verdict in ("warning", "problem")
     assert "prefetch_factor=" in remedy
-    assert told["checks"]["memory"][2]["limit_bytes"] == 768 * MIB
+    assert told["checks"]["memory"][2]["limit_bytes"] == GROUP_BYTES
 
 
 class Reading:
@@ -179,6 +180,36 @@ class Reading:
 @pytest.fixture
 def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
     return Reading(monkeypatch)
+
+
+@pytest.mark.parametrize("seeding", ["worker", "batch"])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_little_is_under_way_before_the_first_batch_has_told_its_size(workers: int, seeding: str) -> None:
+    """Two tasks a worker, though the sampler is read as torch reads it; then as many as the loader was told."""
+    read: list[int] = []
+
+    def sampler() -> Iterator[list[int]]:
+        for number in range(100):
+            read.append(number)
+            yield [number]
+
+    class Batches:
+        def __iter__(self) -> Iterator[list[int]]:
+            return sampler()
+
+    loader: Any = RobustDataLoader(
+        Leaky(100, 0), batch_sampler=Batches(), num_workers=workers, prefetch_factor=8, seeding=seeding
+    )
+    batches = iter(loader)
+    given = batches._books.ledger.waiting_for
+    assert len(read) == 8 * workers
+    assert [given(worker) for worker in range(workers)] == [2] * workers
+    first = next(batches)
+    assert len(read) == 8 * workers + 1
+    assert not batches._held
+    assert [int(batch) for batch in [first, *batches]] == list(range(100))
+    read.clear()
+    assert [int(batch) for batch in loader] == list(range(100))
 
 
 def test_the_first_batch_tells_what_the_rest_will_take(reading: Reading) -> None:

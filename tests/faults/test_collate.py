@@ -214,4 +214,5 @@ def test_raising_and_odd_in_one_batch() -> None:
 
     loader = RobustDataLoader(Both(16, (5,)), batch_size=8)
     assert [tuple(batch.shape) for batch in loader] == [(8, 2), (8, 2)]
-    assert sorted((record.index, record.kind) for record in loader.fault_log) == [(2, "exception"), (5, "collate")]
+    # A set: 5 may be drawn as the spare for 2 before it is known, and is then told of in both places.
+    assert {(record.index, record.kind) for record in loader.fault_log} == {(2, "exception"), (5, "collate")}

@@ -26,6 +26,11 @@ from tests.support.watch import post, wait_at
 TRANSPORT_VARIABLE = "ROBUSTLOADER_TESTS_TRANSPORT"
 """Names the transport that the program's loaders use."""
 
+INTERRUPTED = "TESTS_INTERRUPTED"
+if INTERRUPTED in os.environ:  # a spawned process that will become a worker, while it imports
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+
 
 class Sleeper(Numbers):
     """Sample 1 starts a child of its own, tells a mailbox both process ids, and waits at a gate for ever. Those after
@@ -94,12 +99,26 @@ def preempted(method: str) -> None:
 
 
 def interrupted(method: str) -> None:
-    """Trains until Ctrl-C."""
-    iterator = iter(loader(method))
-    next(iterator)
+    """Trains until Ctrl-C, all workers at work."""
+    iterator: Any = iter(loader(method, Numbers(10**6)))
+    while not all(worker.ready for worker in iterator._pool.workers):
+        next(iterator)
     say(pids(iterator))
     while True:
         time.sleep(600)
+
+
+def interrupted_while_starting(method: str) -> None:
+    """Everybody was told to leave while the workers were starting, and the trainer takes its last batches."""
+    told: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: told.append(number))
+    os.environ[INTERRUPTED] = "yes"
+    batches = loader(method)
+    assert [int(batch[0]) for batch in batches] == list(range(64))
+    assert batches.summary().crashes == 0, batches.summary()
+    assert not told
+    say("saved")
 
 
 def interrupted_in_next(method: str, mailbox: str, gate: str) -> None:
