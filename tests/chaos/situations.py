@@ -207,7 +207,8 @@ def deaths_during_user_code(mode: Mode, folder: Path) -> None:
         for pid in pids(iterator):
             kill(pid, signal.SIGKILL)
         user_code()
-        assert flat(DataLoader(Numbers(8), batch_size=2, num_workers=1)) == list(range(8))
+        stock = DataLoader(Numbers(8), batch_size=2, num_workers=1, multiprocessing_context="fork")
+        assert flat(stock) == list(range(8))
         delivered += list(iterator)
     finally:
         signal.signal(signal.SIGCHLD, before)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from tests.support import watch
 from tests.support.trainers import TRANSPORT_VARIABLE
 from tests.support.transports import chosen_transport
-from tests.support.watch import PATIENCE_S, await_gone, is_gone, processes
+from tests.support.watch import await_gone, is_gone, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +49,7 @@ class Trainer:
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         while b"\n" not in self._text:
-            assert select.select([fd], [], [], PATIENCE_S)[0], "the trainer says nothing"
+            assert select.select([fd], [], [], watch.PATIENCE_S)[0], "the trainer says nothing"
             piece = os.read(fd, 65_536)
             assert piece, f"the trainer ended: {self._rest()}"
             self._text += piece
@@ -63,7 +64,7 @@ class Trainer:
 
     def end(self) -> tuple[int, str, str]:
         """Wait for its end: exit code, the rest of its output, and what it wrote to standard error."""
-        out, err = self.process.communicate(timeout=2 * PATIENCE_S)
+        out, err = self.process.communicate(timeout=2 * watch.PATIENCE_S)
         return self.process.returncode, (self._text + out).decode(), err.decode()
 
     def family(self) -> list[psutil.Process]:
