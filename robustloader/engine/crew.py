@@ -430,7 +430,8 @@ class Crew:
             worker.kill("start")
 
     def _kill_hung(self, worker: Worker, index: Any) -> None:
-        stack = worker.take_stacks()
+        worker.stack = worker.take_stacks()
+        worker.silent_s = max(worker.silent_s, worker.task_s)
         reading = worker.beacon.read()
         worker.kill("hang")
         self.emit(
@@ -441,8 +442,8 @@ class Crew:
                 pid=worker.pid,
                 phase=reading.phase,
                 index=index,
-                silent_s=max(worker.silent_s, worker.task_s),
-                stack=stack,
+                silent_s=worker.silent_s,
+                stack=worker.stack,
             )
         )
 

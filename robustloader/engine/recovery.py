@@ -16,8 +16,9 @@ from robustloader.engine.books import Books
 from robustloader.engine.crew import Crew, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
 from robustloader.errors import ResourceError, WorkerError, WorkerHangError, WorkerStartError
-from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
+from robustloader.events import FaultAction, FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
+from robustloader.transport.messages import TRACEBACK_CHARS
 from robustloader.worker.beacon import Reading
 
 __all__ = ["Recovery"]
@@ -91,13 +92,15 @@ class Recovery:
             self._restart_or_shrink(slot, cause, key)
             return
         if judgement.action == "convict" and key is not None:
-            self._convict(key, index, task, judgement, event)
+            self._convict(key, index, task, judgement, event, worker)
+        elif judgement.action == "exclude" and position is not None:
+            self._exclude(task, position, judgement, event)
         elif judgement.action == "condemn":
             self._condemn(task, judgement, event)
         elif judgement.action == "careful":
             task.careful = True
         self._requeue(waiting + lost)
-        if judgement.action in ("convict", "condemn"):
+        if judgement.action in ("convict", "exclude", "condemn"):
             crew.spend(cause, key)
             crew.forgive(key, judgement.refund)
             crew.schedule(slot)
@@ -132,14 +135,16 @@ class Recovery:
             return blame.task_died(task.id, cause, careful=task.careful)
         if key in self.books.desk.known_bad:
             return Judgement("convict", refund=1, deaths=1)
-        return blame.sample_died(key, cause, on_trial=on_trial)
+        return blame.sample_died(key, cause, on_trial=on_trial, task=task.id)
 
     def _requeue(self, tasks: list[Task]) -> None:
         for task in tasks:
             if not task.arrived:
                 self.books.requeue(task)
 
-    def _convict(self, key: Key, index: Any, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
+    def _convict(
+        self, key: Key, index: Any, task: Task, judgement: Judgement, event: WorkerCrashed, worker: Worker
+    ) -> None:
         """It is proved that this sample kills workers: it is never loaded again, nowhere."""
         books, desk = self.books, self.books.desk
         if key in desk.known_bad:
@@ -149,15 +154,34 @@ class Recovery:
         raises = desk.policy.action == "raise"
         desk.quarantine.add(index, "poison")
         kind: FaultKind = "hang" if event.cause == "hang" else "poison"
-        self._record(kind, index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")
+        action: FaultAction = "raised" if raises else "quarantined"
+        self._record(kind, index, message, task, judgement.deaths, event, action, worker.stack)
         if not raises:
             return
         error: WorkerError = self.crew.crash_error(event)
         if event.cause == "hang":
-            error = WorkerHangError(message, worker_id=event.worker_id, pid=event.pid, index=index)
+            error = WorkerHangError(
+                message,
+                worker_id=event.worker_id,
+                pid=event.pid,
+                index=index,
+                silent_s=worker.silent_s,
+                stack=worker.stack,
+            )
         for other in books.ledger:
             if not other.arrived and key in map(index_key, other.samples):
                 books.fail(other, error)
+
+    def _exclude(self, task: Task, position: int, judgement: Judgement, event: WorkerCrashed) -> None:
+        """A sample kills in the company of others of its task, though not alone: this task does without it."""
+        if self.books.desk.policy.action == "raise":
+            self.books.fail(task, self.crew.crash_error(event))
+            return
+        task.avoid = tuple(sorted({*task.avoid, position}))
+        index = task.samples[position]
+        message = f"it killed its worker {judgement.deaths} times in batch {task.id}, where others had survived alone"
+        action: FaultAction = "skipped" if self.books.desk.policy.action == "skip" else "replaced"
+        self._record("crash", index, message, task, judgement.deaths, event, action)
 
     def _condemn(self, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
         """No sample of the task kills alone, but the task does: all its samples are replaced."""
@@ -170,12 +194,21 @@ class Recovery:
         self._record("poison", None, message, task, judgement.deaths, event, "replaced")
 
     def _record(
-        self, kind: FaultKind, index: Any, message: str, task: Task, deaths: int, event: WorkerCrashed, action: Any
+        self,
+        kind: FaultKind,
+        index: Any,
+        message: str,
+        task: Task,
+        deaths: int,
+        event: WorkerCrashed,
+        action: FaultAction,
+        stack: str = "",
     ) -> None:
         record = FaultRecord(
             kind=kind,
             index=index,
             message=message,
+            traceback=stack[:TRACEBACK_CHARS],
             worker_id=event.worker_id,
             pid=event.pid,
             epoch=self.books.epoch,
@@ -198,7 +231,7 @@ class Recovery:
         """A suspect did not kill its worker when it was alone in it."""
         case, slot.trial = slot.trial, None
         if case is not None:
-            self.books.blame.acquit(case.key)
+            self.books.blame.trial_passed(case.key, case.task.id)
             self._requeue(case.waiting)
         self.check_suspects()
 

@@ -132,6 +132,45 @@ def test_random_kills_convict_nobody(seed: int) -> None:
     assert convicted <= 4  # 20,000 deaths make about 10,000 trials, of which one in ten thousand convicts
 
 
+# --- samples that kill only in company --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", PROOF)
+def test_whoever_crashes_where_another_was_cleared_is_left_out(cause: Cause) -> None:
+    """Once a suspect of the same batch has survived its trial; all its deaths are given back."""
+    blame = Blame(2)
+    for _ in range(2):
+        judgement = blame.sample_died(7, cause, on_trial=False, task=3)
+    assert judgement.action == "trial"
+    blame.trial_passed(7, 3)
+    assert blame.sample_died(8, cause, on_trial=False, task=3).action == "replay"
+    verdict = blame.sample_died(8, cause, on_trial=False, task=3)
+    assert (verdict.action, verdict.refund, verdict.deaths) == ("exclude", 2, 2)
+
+
+def test_another_batch_knows_nothing_of_it() -> None:
+    """Nor does the same one once it has arrived."""
+    blame = Blame(1)
+    blame.sample_died(7, "crash", on_trial=False, task=3)
+    blame.trial_passed(7, 3)
+    assert blame.sample_died(8, "crash", on_trial=False, task=4).action == "trial"
+    blame.arrived(3)
+    assert blame.sample_died(9, "crash", on_trial=False, task=3).action == "trial"
+
+
+@pytest.mark.parametrize("cause", [*OUTSIDE, "memory"])
+def test_kills_from_outside_leave_nobody_out(cause: Cause) -> None:
+    """They clear nobody of crashes, and are no crashes where somebody was."""
+    blame = Blame(1)
+    blame.sample_died(6, "memory", on_trial=False, task=3)
+    blame.sample_died(6, cause, on_trial=False, task=3)
+    blame.trial_passed(6, 3)
+    assert blame.sample_died(7, "crash", on_trial=False, task=3).action == "trial"
+    blame.trial_passed(7, 3)
+    actions = {blame.sample_died(8, cause, on_trial=False, task=3).action for _ in range(20)}
+    assert actions <= {"replay", "trial"}
+
+
 # --- shares of a stream -----------------------------------------------------------------------------------------------
 
 
