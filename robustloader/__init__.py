@@ -48,10 +48,12 @@ from robustloader.telemetry import (
     EpochSummary,
     FaultLog,
     JsonlSink,
+    MergedSummary,
     OpenTelemetrySink,
     PrometheusSink,
     Statistics,
     TensorBoardSink,
+    merge_summaries,
 )
 from robustloader.tuning import Comparison, TuningReport, compare, tune
 
@@ -76,6 +78,7 @@ __all__ = [
     "JsonlSink",
     "MemoryLow",
     "MemoryPolicy",
+    "MergedSummary",
     "OpenTelemetrySink",
     "OptionError",
     "PoolHealed",
@@ -111,5 +114,6 @@ __all__ = [
     "WorkerStartError",
     "compare",
     "doctor",
+    "merge_summaries",
     "tune",
 ]

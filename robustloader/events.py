@@ -128,14 +128,25 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFaulted(Event):
-    """A sample failed. ``fault`` is the full record; a sample that was retried and then loaded is told of as well."""
+    """A sample failed; one that was retried and then loaded is told of as well.
+
+    Attributes:
+        fault: the full record.
+    """
 
     fault: FaultRecord
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleReplaced(Event):
-    """Another sample took the place of one that could not be loaded: ``wanted`` and ``used`` are indices."""
+    """Another sample took the place of one that could not be loaded.
+
+    Attributes:
+        task: number of the batch within the epoch, from 0.
+        position: place in the batch, from 0.
+        wanted: the index that the sampler asked for.
+        used: the index that was loaded instead.
+    """
 
     task: int
     position: int
@@ -148,6 +159,11 @@ class WorkerCrashed(Event):
     """A worker process died.
 
     Attributes:
+        worker_id: 0 to ``num_workers - 1``; it outlives the process.
+        incarnation: which process of that worker it was, from 0.
+        pid: its process id.
+        exitcode: its exit status, minus the signal's number for a signal; None where it could not be had.
+        signal: name of the signal that killed it, or None.
         cause: "memory" (the kernel's out-of-memory killer), "shared memory" (SIGBUS), "crash" (a signal such as
             SIGSEGV or SIGABRT), "exit" (it called exit), "killed" (SIGKILL or SIGTERM from outside), "start" (never
             became ready in time), "hang" (killed because it stayed silent) or "unknown".
@@ -169,7 +185,17 @@ class WorkerCrashed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerHung(Event):
-    """A worker stayed silent past its deadline and was killed. ``stack`` holds its Python stacks as text."""
+    """A worker stayed silent past its deadline and was killed.
+
+    Attributes:
+        worker_id: 0 to ``num_workers - 1``.
+        incarnation: which process of that worker it was, from 0.
+        pid: its process id.
+        phase: what it was doing, as in :class:`WorkerCrashed`.
+        index: the sample it was loading, where one is known.
+        silent_s: how long it had been silent, in seconds.
+        stack: its Python stacks as text; empty where they could not be taken.
+    """
 
     worker_id: int
     incarnation: int
@@ -182,7 +208,14 @@ class WorkerHung(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRestarted(Event):
-    """A new process took a dead worker's place after ``waited_s`` seconds of backoff."""
+    """A new process took a dead worker's place.
+
+    Attributes:
+        worker_id: 0 to ``num_workers - 1``.
+        incarnation: which process of that worker it is, from 0.
+        pid: its process id.
+        waited_s: seconds of backoff before it was started.
+    """
 
     worker_id: int
     incarnation: int
@@ -192,7 +225,13 @@ class WorkerRestarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReplayed(Event):
-    """A task that a dead worker had not finished was given out again. ``attempt`` counts from 2."""
+    """A task that a dead worker had not finished was given out again.
+
+    Attributes:
+        task: number of the batch within the epoch, from 0.
+        worker_id: the worker that got it now.
+        attempt: how often it has been given out, counted from 2.
+    """
 
     task: int
     worker_id: int
@@ -201,7 +240,12 @@ class TaskReplayed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolShrunk(Event):
-    """Fewer workers load from now on; ``workers=0`` means the training process loads the rest itself."""
+    """Fewer workers load from now on.
+
+    Attributes:
+        workers: how many are left; 0 means that the training process loads the rest itself.
+        reason: why, in words.
+    """
 
     workers: int
     reason: str
@@ -209,14 +253,25 @@ class PoolShrunk(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolHealed(Event):
-    """The pool grew back to ``workers`` processes."""
+    """The pool grew back by one.
+
+    Attributes:
+        workers: how many processes it has now.
+    """
 
     workers: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRecycled(Event):
-    """A worker was replaced between two tasks because it held more than ``limit_bytes``."""
+    """A worker was replaced between two tasks because it held too much memory of its own.
+
+    Attributes:
+        worker_id: 0 to ``num_workers - 1``.
+        pid: process id of the one that left.
+        used_bytes: what it held.
+        limit_bytes: ``MemoryPolicy.max_worker_bytes``.
+    """
 
     worker_id: int
     pid: int | None
@@ -226,7 +281,13 @@ class WorkerRecycled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEnded(Event):
-    """One worker's share of an iterable dataset ended before its natural end, for ``reason``."""
+    """One worker's share of an iterable dataset ended before its natural end.
+
+    Attributes:
+        worker_id: whose share.
+        batches: batches of it that were delivered.
+        reason: why, in words.
+    """
 
     worker_id: int
     batches: int
@@ -235,7 +296,14 @@ class ShardEnded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLow(Event):
-    """Less memory is free than the memory policy asks for."""
+    """Less memory is free than the memory policy asks for.
+
+    Attributes:
+        wanted_bytes: how much should be free.
+        free_bytes: how much is.
+        action: ``MemoryPolicy.on_low``.
+        remedy: what to change, in words.
+    """
 
     wanted_bytes: int
     free_bytes: int
@@ -245,10 +313,11 @@ class MemoryLow(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TransportDegraded(Event):
-    """A batch went through a worker's socket instead of its arena, for ``reason``. Told once per worker and epoch.
+    """A batch went through a worker's socket instead of its arena. Told once per worker and epoch.
 
     Attributes:
         worker_id: the worker, or None where there is no arena for any.
+        reason: why, in words.
     """
 
     worker_id: int | None
@@ -277,7 +346,9 @@ class EpochProgressed(Event):
 class EpochFinished(Event):
     """An epoch ended, or its iterator was closed early (``summary.complete`` is False then).
 
-    ``loader`` counts the loaders of this process from 0.
+    Attributes:
+        loader: which loader of this process, counted from 0.
+        summary: what the epoch came to.
     """
 
     loader: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
@@ -22,6 +22,7 @@ from robustloader.engine.resume import (
     describe,
     load_objects,
     note_beginning,
+    open_next,
     reopen,
     stateful_sampler,
 )
@@ -81,7 +82,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         shuffle: bool | None = None,
         sampler: Sampler[Any] | Iterable[Any] | None = None,
         batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
-        num_workers: int = 0,
+        num_workers: int | Literal["auto"] = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         pin_memory: bool = False,
         drop_last: bool = False,
@@ -102,7 +103,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         transport: Transport = "auto",
         **kwargs: Any,
     ) -> None:
-        if isinstance(num_workers, AutoWorkers) or num_workers == "auto":  # type: ignore[comparison-overlap]
+        if isinstance(num_workers, AutoWorkers) or num_workers == "auto":
             num_workers = AutoWorkers.resolve(host.usable_cpus(), os.environ.get("LOCAL_WORLD_SIZE"))
         super().__init__(
             dataset,
@@ -167,14 +168,16 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             warn_datapipe()
             return self.make_torch_iterator()
         state = self._journal.loaded
-        resume = None
+        resume = opened = None
         if state is not None and state.begun:
             resume = reopen(self, state, self._desk)
             self._epochs.jump(state.epoch)
             if resume.onward is not None:
                 self._continuation.begin(resume.onward)
-        elif self._journal.beginning is None:
-            self._journal.beginning = note_beginning(self)
+        else:
+            if self._journal.beginning is None:
+                self._journal.beginning = note_beginning(self)
+            opened = open_next(self, self._journal)
         options = EngineOptions(
             faults=self._desk.policy,
             recovery=self.recovery,
@@ -186,9 +189,11 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             epochs=self._epochs,
             journal=self._journal,
             resume=resume,
+            opened=opened,
             stateful_sampler=stateful_sampler(self),
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
+            batch_size=int(getattr(self.batch_sampler, "batch_size", None) or 0),
             dataset=self.dataset,
             measured=self._measured,
         )
@@ -198,7 +203,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         if self.num_workers == 0 or alone:
             iterator = InProcessIterator(self, options)
         else:
-            self.check_worker_number_rationality()
+            self.check_worker_number_rationality()  # type: ignore[no-untyped-call,unused-ignore]
             iterator = MultiprocessIterator(self, options)
         self._iterators.add(iterator)
         return iterator
@@ -240,14 +245,16 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         check_setting(state, describe(self))
         check_generators(self, state)
         load_objects(self, state)
+        self._journal.drained = None
         if not state.begun:
-            begin_next(self, state)
+            begin_next(self, state, self._journal)
         self._epochs.jump(state.epoch)
         for key, kind in state.quarantine:
             self._desk.quarantine.restore(key, cast(FaultKind, kind))
         self._desk.budget.faults, self._desk.budget.samples = state.faults, state.samples
         self._continuation.begin(decode_streams(state.streams_now))
         self._journal.loaded = state
+        self._journal.openings = state.openings[0], state.openings[1]
 
     def _refuse_datapipe(self) -> None:
         if torch_private.is_datapipe(self.dataset):

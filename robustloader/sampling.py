@@ -21,7 +21,13 @@ _CHUNK = 1 << 15
 
 
 class _Order:
-    """One global order per epoch, the same for every number of ranks, and how far all ranks together have read it."""
+    """One global order per epoch, the same for every number of ranks, and how far all ranks together have read it.
+
+    After the last index its state is the end of the order (``ends_in_place``): of an epoch that all have read, nothing
+    is left, until ``set_epoch`` names another one or the next iteration begins.
+    """
+
+    ends_in_place = True
 
     def __init__(
         self, dataset: Any, num_replicas: int | None, rank: int | None, shuffle: bool, seed: int, drop_last: bool
@@ -71,7 +77,7 @@ class _Order:
         return start
 
     def _leave(self, reader: object) -> None:
-        """An iteration has ended or was given up: whoever iterates again gets a whole epoch."""
+        """An iteration was given up: whoever iterates again gets a whole epoch."""
         if self._reader is reader:
             self._position = 0
 
@@ -116,8 +122,10 @@ class ElasticDistributedSampler(_Order, Sampler[int]):
 
     Args:
         dataset: anything with a length.
-        num_replicas, rank: by default those of the current process group.
-        shuffle, seed: as torch's; call ``set_epoch`` before each epoch.
+        num_replicas: number of ranks; by default that of the current process group.
+        rank: this process's, from 0; by default that of the current process group.
+        shuffle: whether each epoch has an order of its own, as torch's; call ``set_epoch`` before each.
+        seed: of that order, the same on all ranks.
         drop_last: what to do with the last indices, too few for one each: drop them (True), or repeat the first ones of
             the order, so that all ranks have the same number of steps (False).
 
@@ -170,8 +178,9 @@ class ElasticDistributedSampler(_Order, Sampler[int]):
                 for index in share[first : first + _CHUNK].tolist():
                     self._position += replicas
                     yield index
-        finally:
+        except GeneratorExit:
             self._leave(reader)
+            raise
 
 
 class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
@@ -185,7 +194,10 @@ class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
     Args:
         dataset: anything with a length.
         global_batch_size: indices per step of all ranks together; at least ``num_replicas``.
-        num_replicas, rank, shuffle, seed: as for :class:`ElasticDistributedSampler`.
+        num_replicas: number of ranks, as for :class:`ElasticDistributedSampler`.
+        rank: this process's, as there.
+        shuffle: as there.
+        seed: as there.
         drop_last: drop the last, incomplete step (True), or take it; where it has fewer indices than there are ranks,
             it is filled up with the first ones of the order (False).
 
@@ -224,5 +236,6 @@ class ElasticDistributedBatchSampler(_Order, Sampler[list[int]]):
                     piece = np.concatenate([piece, np.resize(order, ranks - len(piece))])
                 self._position = first + size
                 yield piece[self.rank :: ranks].tolist()
-        finally:
+        except GeneratorExit:
             self._leave(reader)
+            raise

@@ -80,15 +80,18 @@ class LoaderState(Setting):
         begun: whether ``iter(loader)`` was called for it. What follows but for ``*_now`` has no meaning otherwise.
         delivered: batches that the trainer was given; of a map-style dataset all those numbered below this.
         ahead: numbers of further batches that were delivered (``in_order=False``).
-        base_seed: torch's base seed of the epoch.
+        base_seed: torch's base seed of the epoch begun last.
         opening: what happened at its beginning, in order: ``i`` for ``iter(sampler)``, ``s`` for a draw of the base
             seed. torch does "is" without workers, "isi" with, and "i" for the later epochs of persistent workers.
+        openings: the same of the run's next epoch, and of all later ones: whoever goes on does as this run would have.
         streams, generators: states of the global random generators (Python, NumPy, torch), and of the loader's and its
             samplers' own ones, just before that; the same ``_now``: when the state was taken.
         workers: worker processes that the epoch began with; an iterable epoch keeps as many shards to its end.
         shards: one per shard (one without workers) of an iterable epoch.
         next_shard: the shard whose turn it is.
         sampler_state, dataset_state: empty, or what the user's object returned.
+        sampler_skip: how many more batches were delivered since the sampler was asked for its state.
+        sampler_drain: whether that was in the epoch before, so that it must first be read to its end.
         spares: empty, or what replaces bad samples where it cannot be found again by walking through the indices.
         quarantine: samples that must not be fetched, as pairs of key and kind.
         faults, samples: how many samples have failed, of how many; the fault budget goes on from there.
@@ -100,6 +103,7 @@ class LoaderState(Setting):
     ahead: tuple[int, ...] = ()
     base_seed: int = 0
     opening: str = ""
+    openings: tuple[str, ...] = ("is", "is")
     streams: tuple[str, ...] = ()
     streams_now: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
@@ -108,6 +112,8 @@ class LoaderState(Setting):
     shards: tuple[ShardState, ...] = ()
     next_shard: int = 0
     sampler_state: tuple[Any, ...] = ()
+    sampler_skip: int = 0
+    sampler_drain: bool = False
     dataset_state: tuple[Any, ...] = ()
     spares: tuple[Any, ...] = ()
     quarantine: tuple[tuple[int | str, str], ...] = ()
@@ -179,9 +185,11 @@ def _shard(plain: Mapping[str, Any]) -> ShardState:
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
-    for name in ("epoch", "delivered", "base_seed", "workers", "next_shard", "faults", "samples"):
+    for name in ("epoch", "delivered", "base_seed", "workers", "next_shard", "sampler_skip", "faults", "samples"):
         if not isinstance(values[name], int) or (values[name] < 0 and name != "base_seed"):
             raise ValueError(f"{name}={values[name]!r}")
+    if len(values["openings"]) != 2 or any(opening not in ("i", "is", "isi") for opening in values["openings"]):
+        raise ValueError(f"openings={values['openings']!r}")
 
 
 def check_setting(state: LoaderState, setting: Setting) -> None:

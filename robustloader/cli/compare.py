@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from robustloader import OptionError, compare
-from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader import compare
+from robustloader.cli.datasets import load_dataset
+from robustloader.cli.ending import tell, users_errors
 from robustloader.cli.numbers import count, count_or_0
 
 __all__ = ["add_parser", "run"]
@@ -34,12 +34,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print, and tell: the exit status."""
-    try:
-        dataset = load_dataset(options.dataset)
-    except DatasetNameError as error:
-        print(f"robustloader compare: {error}", file=sys.stderr)
-        return 2
-    try:
+    dataset = load_dataset(options.dataset)
+    with users_errors():
         found = compare(
             dataset,
             batches=options.batches,
@@ -47,11 +43,5 @@ def run(options: argparse.Namespace) -> int:
             num_workers=options.num_workers,
             shuffle=options.shuffle or None,
         )
-    except OptionError as error:
-        print(f"robustloader compare: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # the user's dataset may raise anything
-        print(f"robustloader compare: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    tell(json.dumps(found.to_dict(), indent=2) if options.json else found)
     return 0 if found.identical else 1

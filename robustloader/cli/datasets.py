@@ -7,10 +7,12 @@ import os
 import sys
 from typing import Any
 
+from robustloader.cli.ending import CommandError
+
 __all__ = ["DatasetNameError", "load_dataset"]
 
 
-class DatasetNameError(Exception):
+class DatasetNameError(CommandError):
     """A name that leads to no dataset. The text says why, for people."""
 
 
@@ -32,7 +34,7 @@ def load_dataset(name: str) -> Any:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything, and scripts exit
         raise DatasetNameError(f"importing {module_name!r} raised {type(error).__name__}: {error}") from error
     for part in path.split("."):
         try:
@@ -44,7 +46,7 @@ def load_dataset(name: str) -> Any:
             raise DatasetNameError(f"{name!r} is a {type(found).__name__}: neither a dataset nor something to call")
         try:
             found = found()
-        except Exception as error:  # the user's function may raise anything
+        except (Exception, SystemExit) as error:  # the user's function may raise anything
             raise DatasetNameError(f"calling {name!r} raised {type(error).__name__}: {error}") from error
     if not _is_dataset(found):
         raise DatasetNameError(

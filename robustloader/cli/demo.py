@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from robustloader import FaultPolicy, FaultRecord, RobustDataLoader
+from robustloader.cli.ending import CommandError, tell
 
 if TYPE_CHECKING:
     from robustloader.cli.demo_data import DigitFiles, Material
@@ -80,8 +81,7 @@ def run(options: argparse.Namespace) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("PIL", "sklearn", "tqdm"):
             raise
-        print(f"robustloader demo: {missing} is missing: pip install 'robustloader[demo]'", file=sys.stderr)
-        return 2
+        raise CommandError(f"{missing} is missing: pip install 'robustloader[demo]'") from error
     started = time.monotonic()
     show = Show(quiet=options.json)
     with _folder(options.dir) as folder:
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     result["duration_s"] = round(time.monotonic() - started, 1)
     result["folder"] = str(options.dir) if options.dir else None
     if options.json:
-        print(json.dumps(result, indent=2, default=str))
+        tell(json.dumps(result, indent=2, default=str))
     held = sum(claim["holds"] for claim in result["claims"])
     show.say(f"\n{held} of {len(result['claims'])} claims hold, in {result['duration_s']} s")
     return 0 if result["ok"] else 1
@@ -425,8 +425,8 @@ class Show:
     def say(self, text: str) -> None:
         """Print, unless a machine reads."""
         if not self.quiet:
-            self.tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with self.tqdm.external_write_mode(file=sys.stdout):
+                tell(text)
 
     def warn(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         """Print a warning in one line; fits ``warnings.showwarning``."""
@@ -479,7 +479,10 @@ def _folder(path: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="robustloader-demo-") as name:
             yield Path(name)
     else:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"cannot make the folder {path}: {error.strerror}") from error
         yield path
 
 

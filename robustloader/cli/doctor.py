@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import sys
 from typing import Any
 
 from robustloader.checkup import doctor
-from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader.cli.datasets import load_dataset
+from robustloader.cli.ending import tell, users_errors
 from robustloader.cli.numbers import count
-from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
 
@@ -40,23 +40,13 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look, print, and tell: the exit status."""
-    try:
-        dataset = load_dataset(options.dataset) if options.dataset else None
-    except DatasetNameError as error:
-        print(as_line(f"robustloader doctor: {error}"), file=sys.stderr)
-        return 2
-    try:
+    dataset = load_dataset(options.dataset) if options.dataset else None
+    with users_errors("loading one batch") if dataset is not None else contextlib.nullcontext():
         report = doctor(
             dataset,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
             prefetch_factor=options.prefetch_factor,
         )
-    except Exception as error:  # the user's dataset may raise anything
-        if dataset is None:
-            raise
-        told = as_line(f"{type(error).__name__}: {error}")
-        print(f"robustloader doctor: loading one batch raised {told}", file=sys.stderr)
-        return 1
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    tell(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return 0 if report.ok else 1

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from robustloader.cli.ending import CommandError, tell
 from robustloader.report import read_run
 from robustloader.telemetry.units import as_line
 
@@ -38,35 +39,38 @@ def run(options: argparse.Namespace) -> int:
     try:
         found = read_run(options.files)
     except OSError as error:
-        return _refuse(f"cannot read {error.filename}: {error.strerror}")
+        raise CommandError(f"cannot read {error.filename}: {error.strerror}") from error
     target = options.output or (None if options.json else "report.html")
     if target is not None:
         from robustloader.report.page import make_page
 
         if any(os.path.exists(target) and os.path.samefile(target, path) for path in options.files):
-            return _refuse(f"{target} is one of the files to read: name another page with -o")
+            raise CommandError(f"{target} is one of the files to read: name another page with -o")
         if os.path.isdir(target):
-            return _refuse(f"cannot write {target}: it is a folder")
+            raise CommandError(f"cannot write {target}: it is a folder")
         try:
             _write(Path(target), make_page(found, made_at=time.time()))
         except OSError as error:
-            return _refuse(f"cannot write {target}: {error.strerror}")
+            raise CommandError(f"cannot write {target}: {error.strerror}") from error
     if options.json:
-        print(json.dumps(found.to_dict(), allow_nan=False))
+        tell(json.dumps(found.to_dict(), allow_nan=False))
     else:
         lead = found.leading
         if lead is not None and lead.total("batches"):
-            print(as_line(f"{lead.verdict}: {lead.advice}"))
+            tell(as_line(f"{lead.verdict}: {lead.advice}"))
             if len(found.ranks) > 1:
-                print(as_line(found.comparison.reason))
-        print(f"wrote {target}")
+                tell(as_line(found.comparison.reason))
+        tell(as_line(f"wrote {target}"))
     for note in found.notes:
         print(f"robustloader report: {as_line(note)}", file=sys.stderr)
     return 0 if found.sound else 1
 
 
 def _write(target: Path, text: str) -> None:
-    """All of the page, or what was there before."""
+    """All of the page, or what was there before; what is no file, as /dev/stdout, stays what it is."""
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -75,8 +79,3 @@ def _write(target: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
-
-
-def _refuse(reason: str) -> int:
-    print(as_line(f"robustloader report: {reason}"), file=sys.stderr)
-    return 2

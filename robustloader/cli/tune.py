@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from robustloader import OptionError, tune
-from robustloader.cli.datasets import DatasetNameError, load_dataset
+from robustloader import tune
+from robustloader.cli.datasets import load_dataset
+from robustloader.cli.ending import CommandError, tell, users_errors
 from robustloader.cli.numbers import count, counts, seconds_above_0, seconds_at_least_0
 
 __all__ = ["add_parser", "run"]
@@ -41,12 +41,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and tell: the exit status."""
-    try:
-        dataset = load_dataset(options.dataset)
-    except DatasetNameError as error:
-        print(f"robustloader tune: {error}", file=sys.stderr)
-        return 2
-    try:
+    dataset = load_dataset(options.dataset)
+    with users_errors():
         report = tune(
             dataset,
             batch_size=options.batch_size,
@@ -56,17 +52,10 @@ def run(options: argparse.Namespace) -> int:
             prefetch_factor=options.prefetch_factor,
             shuffle=options.shuffle,
         )
-    except OptionError as error:
-        print(f"robustloader tune: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # the user's dataset may raise anything
-        print(f"robustloader tune: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    tell(json.dumps(report.to_dict(), indent=2) if options.json else report)
     if options.plot:
         try:
             report.plot(options.plot)
         except (ImportError, OSError, ValueError) as error:
-            print(f"robustloader tune: no plot: {error}", file=sys.stderr)
-            return 1
+            raise CommandError(f"no plot: {error}", status=1) from error
     return 0

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from robustloader.cli.ending import CommandError, delivering
 from robustloader.report import RunReader, Tail, find_parts
-from robustloader.telemetry.units import as_line
 
 __all__ = ["add_parser", "run"]
 
@@ -77,33 +77,34 @@ def run(options: argparse.Namespace) -> int:
     try:
         from rich.console import Console
     except ImportError:
-        return _refuse("rich is missing: pip install 'robustloader[watch]'")
+        raise CommandError("rich is missing: pip install 'robustloader[watch]'") from None
     console = Console(highlight=False)
     for path in options.files:
         if os.path.isdir(path):
-            return _refuse(f"{path} is a folder: name the file in it")
+            raise CommandError(f"{path} is a folder: name the file in it")
         if os.path.exists(path) and not os.path.isfile(path):
-            return _refuse(f"{path} is no file: a pipe or a device cannot be followed")
+            raise CommandError(f"{path} is no file: a pipe or a device cannot be followed")
     try:
         watched = _Watched(list(dict.fromkeys(options.files)))
         try:
             if options.once or not console.is_terminal:
-                return _print_once(console, watched)
+                _print_once(console, watched)
+                return 0
             with contextlib.suppress(KeyboardInterrupt):
                 _follow(console, watched)
         finally:
             watched.close()
     except OSError as error:
-        return _refuse(f"cannot read {error.filename}: {error.strerror}")
+        raise CommandError(f"cannot read {error.filename or 'a file'}: {error.strerror}") from error
     return 0
 
 
-def _print_once(console: Any, watched: _Watched) -> int:
+def _print_once(console: Any, watched: _Watched) -> None:
     if watched.missing:
-        return _refuse(f"cannot read {watched.missing[0]}: No such file or directory")
+        raise CommandError(f"cannot read {watched.missing[0]}: No such file or directory")
     watched.poll()
-    console.print(watched.screen(console.width, max(console.height, 40), ""))
-    return 0
+    with delivering():
+        console.print(watched.screen(console.width, max(console.height, 40), ""))
 
 
 def _follow(console: Any, watched: _Watched) -> None:
@@ -119,7 +120,8 @@ def _follow(console: Any, watched: _Watched) -> None:
                 note = f"waiting for {watched.missing[0]} to appear   {note}"
             state = (note, console.size)
             if grown or state != shown:
-                live.update(watched.screen(console.width, console.height, note), refresh=True)
+                with delivering():
+                    live.update(watched.screen(console.width, console.height, note), refresh=True)
                 shown = state
             if pressed(POLL_S) in ("q", "Q"):
                 return
@@ -153,8 +155,3 @@ def _press(fd: int, wait_s: float) -> str:
 def _no_keys(wait_s: float) -> str:
     time.sleep(wait_s)
     return ""
-
-
-def _refuse(reason: str) -> int:
-    print(as_line(f"robustloader watch: {reason}"), file=sys.stderr)
-    return 2

@@ -58,7 +58,7 @@ class Books:
         error: what the next ``next()`` raises.
     """
 
-    def __init__(self, desk: FaultDesk, *, in_order: bool, batched: bool, iterable: bool, base_seed: int) -> None:
+    def __init__(self, desk: FaultDesk, *, in_order: bool, batched: bool, iterable: bool) -> None:
         self.desk = desk
         self.batched = batched
         self.iterable = iterable
@@ -67,16 +67,15 @@ class Books:
         self.run = -1
         self.recording: EpochRecording
         self._in_order = in_order
-        self._base_seed = base_seed
 
-    def begin(self, recording: EpochRecording, *, poison_after: int, first: int = 0) -> None:
+    def begin(self, recording: EpochRecording, *, base_seed: int, poison_after: int, first: int = 0) -> None:
         """Begin an epoch with empty pages; a resumed one with task ``first``."""
         self.run += 1
         self.epoch = recording.epoch
         self.recording = recording
         self.ledger = Ledger(in_order=self._in_order, _next_id=first)
         self.blame = Blame(poison_after)
-        self.spares = SpareReservoir(seed=self._base_seed, epoch=self.epoch)
+        self.spares = SpareReservoir(seed=base_seed, epoch=self.epoch)
         self.queue: list[Task] = []
         self.parked: list[Task] = []
         self.closing = False

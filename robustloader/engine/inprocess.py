@@ -69,12 +69,14 @@ class InProcessIterator(torch_private.LoaderIterator):
     """
 
     def __init__(self, loader: DataLoader[Any], options: EngineOptions) -> None:
-        resume = options.resume
-        if resume is None:
-            super().__init__(loader)
-        else:
+        resume, opened = options.resume, options.opened
+        if resume is not None:
             state = resume.state
             super().__init__(loader, indices=resume.indices, base_seed=state.base_seed, yielded=state.delivered)
+        elif opened is not None:
+            super().__init__(loader, indices=opened.indices, base_seed=opened.base_seed)
+        else:
+            super().__init__(loader)
         self.once = self.num_workers != 0  # the rest of an epoch that began otherwise
         if self.timeout_s != 0 and not self.once:
             raise AssertionError("_SingleProcessDataLoaderIter requires timeout == 0")
@@ -106,12 +108,14 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._progress = options.journal.begin(
             self,
             epoch=self.epoch,
-            opening="is",
+            opening="is" if opened is None else opened.opening,
             iterable=options.iterable,
             sampler=options.stateful_sampler,
+            batch_size=options.batch_size,
             resume=resume,
         )
-        self._progress.read(self._task - 1, self._spares)
+        if resume is None:
+            self._progress.read(-1, self._spares)
         self._fetcher: MapFetcher | IterableFetcher | Shards
         if resume is None or not options.iterable:
             self._fetcher = make_fetcher(plan)
@@ -149,7 +153,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         try:
             batch = self._load()
         except StopIteration:
-            self._progress.finished = True
+            self._progress.finish()
             self._close_recording(complete=True)
             raise
         now = time.monotonic_ns()
@@ -172,13 +176,13 @@ class InProcessIterator(torch_private.LoaderIterator):
             samples = as_list(indices, batched=batched)
             if self._spares.observed <= task:
                 self._spares.observe(task, samples)
-                self._progress.read(task, self._spares)
+                self._progress.read(task, self._spares, indices)
             avoid = positions_of(samples, desk.known_bad) if desk.known_bad else ()
             spares = spares_for(self._spares, desk, task, len(avoid))
             if avoid:
                 desk.left_out([samples[p] for p in avoid], self._recording, task=task)
         elif not self._options.iterable:
-            self._progress.read(task, self._spares)
+            self._progress.read(task, self._spares, indices)
         begun = time.monotonic_ns()
         desk.budget.fetched(count_indices(indices) if batched else 1)
         outcome = self._fetch(Fetch(0, task, indices, spares, avoid))
@@ -227,7 +231,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         """This task was delivered before the epoch was resumed."""
         if self._spares.observed <= self._task:
             self._spares.observe(self._task, as_list(indices, batched=self._options.batched))
-            self._progress.read(self._task, self._spares)
+            self._progress.read(self._task, self._spares, indices)
         self._spares.close(self._task)
         self._task += 1
 
@@ -254,7 +258,7 @@ class InProcessIterator(torch_private.LoaderIterator):
                 self._ahead.append(ahead)
                 task = self._spares.observed
                 self._spares.observe(task, as_list(ahead, batched=self._options.batched))
-                self._progress.read(task, self._spares)
+                self._progress.read(task, self._spares, ahead)
 
     def _raise(self, outcome: Broken) -> None:
         error = outcome.error

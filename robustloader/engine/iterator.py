@@ -96,12 +96,14 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     """
 
     def __init__(self, loader: DataLoader[Any], options: EngineOptions) -> None:
-        resume = options.resume
-        if resume is None:
-            super().__init__(loader)
-        else:
+        resume, opened = options.resume, options.opened
+        if resume is not None:
             state = resume.state
             super().__init__(loader, indices=resume.indices, base_seed=state.base_seed, yielded=state.delivered)
+        elif opened is not None:
+            super().__init__(loader, indices=opened.indices, base_seed=opened.base_seed)
+        else:
+            super().__init__(loader)
         self._resume_from = resume
         # An iterable epoch keeps its shards to its end; the loader's own number of workers comes with the next one.
         self.once = resume is not None and options.iterable and resume.state.workers != self.num_workers
@@ -136,7 +138,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             Setup,
             cargo=Cargo(options.dataset, self.collate_fn, loader.worker_init_fn, options.faults),
             num_workers=self.num_workers,
-            base_seed=self._stream_seed(),
             seed_batches=options.seeding == "batch" and not options.iterable,
             iterable=options.iterable,
             batched=options.batched,
@@ -154,7 +155,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             in_order=self._in_order,
             batched=options.batched,
             iterable=options.iterable,
-            base_seed=self.base_seed,
         )
         self._crew = Crew(
             self._pool,
@@ -193,6 +193,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         )
         recording.active_workers = self._crew.size
         self._crew.recording = self._resources.recording = recording
+        self._stream_seed = self._choose_stream_seed(recording.epoch)
         self._resources.all_delivered = self._drained = False
         self._degraded: set[int | None] = set()
         if self._no_arena:
@@ -200,6 +201,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         resume = self._resume_from
         self._books.begin(
             recording,
+            base_seed=self.base_seed,
             poison_after=self._policy.poison_after if self._policy else 1,
             first=resume.state.delivered if resume is not None else 0,
         )
@@ -213,13 +215,18 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._stand_in: StandIn | None = None
         self._stream_indices: Any = None
 
-    def _stream_seed(self) -> int:
-        """What the workers' random streams are seeded from: torch's base seed; in a resumed epoch of a map-style
-        dataset another one, or they would repeat what the epoch began with."""
-        resume, options = self._resume_from, self._options
-        if resume is None or options.iterable or options.seeding == "batch" or not resume.state.delivered:
+    def _choose_stream_seed(self, epoch: int) -> int:
+        """What the workers' random streams are seeded from: torch's base seed. In a resumed epoch of a map-style
+        dataset another one, or they would repeat what the epoch began with; the same where an epoch has the base seed
+        of the one before it."""
+        resume, opened, options = self._resume_from, self._options.opened, self._options
+        if options.iterable or options.seeding == "batch":
             return self.base_seed
-        return worker_seed(self.base_seed, resume.state.delivered, 1 << 21)
+        if resume is not None and resume.state.delivered:
+            return worker_seed(self.base_seed, resume.state.delivered, 1 << 21)
+        if opened is not None and "s" not in opened.opening:
+            return worker_seed(self.base_seed, epoch, 1 << 22)
+        return self.base_seed
 
     def _resume_shards(self, resume: Resumption) -> None:
         """Put every shard where it stood."""
@@ -235,23 +242,26 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             )
             slot.ended = progress.final is not None
 
-    def _begin_progress(self, *, first: bool) -> None:
+    def _begin_progress(self, opening: str) -> None:
         self._progress = self._options.journal.begin(
             self,
             epoch=self._books.epoch,
-            opening="isi" if first else "i",
+            opening=opening,
             iterable=self._options.iterable,
             sampler=self._options.stateful_sampler,
+            batch_size=self._options.batch_size,
             resume=self._resume_from,
         )
         if self._resume_from is not None and self._options.iterable:
             self._progress.shards = [shard_progress(shard) for shard in self._resume_from.state.shards]
-        self._progress.read(self._books.ledger.next_id - 1, self._books.spares)
+        if self._resume_from is None:
+            self._progress.read(-1, self._books.spares)
 
     def _start_details(self, slot: Slot) -> dict[str, Any]:
         return {
             "epoch": self._books.epoch,
             "run": self._books.run,
+            "base_seed": self._stream_seed,
             "skip": slot.calls - calls_of(slot.snapshot) if self._options.iterable else 0,
             "snapshot": slot.snapshot,
             "indices": self._stream_indices,
@@ -281,8 +291,15 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def begin_epoch(self, loader: DataLoader[Any], *, first: bool) -> None:
         """Begin an epoch: fresh books, and tasks for every worker. ``iter(sampler)`` has just been called."""
-        if not first:
+        opening = "i"
+        if first:
+            opening = "isi" if self._options.opened is None else self._options.opened.opening
+        else:
             self._raise_error()
+            journal = self._options.journal
+            if journal.openings is not None and not self._options.iterable:
+                opening = journal.openings[0]
+                self.open_as(loader, opening, journal.base_seed)
             self._resources.close_recording()
             self._open_books()
             self._recovery.orphans.clear()
@@ -306,7 +323,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._recovery.orphans.append(slot)
         self._crew.memory_low = False
         self._prefetch = self._guard.begin_epoch(self._wanted_prefetch, self.num_workers, self._books.recording)
-        self._begin_progress(first=first)
+        self._begin_progress(opening)
         self._held.clear()
         self._size_awaited = self._guard.awaits_size and self._prefetch > UNSIZED_PREFETCH and not self._recovery.local
         ahead = UNSIZED_PREFETCH if self._size_awaited and self._options.iterable else self._prefetch
@@ -315,7 +332,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _resume(self, worker: Worker) -> None:
         worker.run = self._books.run
-        self._pool.send(worker, Resume(self._books.run, self._books.epoch))
+        self._pool.send(worker, Resume(self._books.run, self._books.epoch, self._stream_seed))
 
     # --- giving out
 
@@ -325,7 +342,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             indices = once_only(self.next_indices())
             while self._books.ledger.next_id in self._taken:
                 self._books.pass_over(indices)
-                self._progress.read(self._books.ledger.next_id - 1, self._books.spares)
+                self._progress.read(self._books.ledger.next_id - 1, self._books.spares, indices)
                 indices = once_only(self.next_indices())
         except StopIteration:
             self._drained = True
@@ -337,7 +354,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 self._ask(slot)
             return
         task = self._books.open(indices)
-        self._progress.read(task.id, self._books.spares)
+        self._progress.read(task.id, self._books.spares, indices)
         if self._size_awaited and len(self._books.ledger) > UNSIZED_PREFETCH * len(self._crew.slots):
             self._held.append(task)
         else:
@@ -526,7 +543,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         return batch
 
     def _finish(self) -> None:
-        self._progress.finished = self._resources.all_delivered = True
+        self._progress.finish()
+        self._resources.all_delivered = True
         self._resources.close_recording()
         if not self._persistent:
             self.close()
@@ -594,10 +612,17 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._recovery.on_left(died.worker)
         else:
             self._recovery.on_died(died)
+            self._note_ends()
             self._feed_all()
         self._end_holding()
         self._wake_orphan()
         self._top_up()
+
+    def _note_ends(self) -> None:
+        """A shard that ended because its processes died has ended for whoever resumes, too."""
+        for slot, shard in zip(self._crew.slots, self._progress.shards, strict=False):
+            if slot.ended and shard.final is None:
+                shard.final = slot.batches
 
     def _on_started(self, worker: Worker) -> None:
         slot = self._crew.slot_of(worker)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustloader.engine.faults import FaultDesk
-from robustloader.engine.progress import Journal, Resumption
+from robustloader.engine.progress import Journal, Opened, Resumption
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding, Transport
 from robustloader.telemetry import Recorder
 
@@ -56,8 +56,10 @@ class EngineOptions:
         epochs: numbers the epochs of the loader, over all its iterators.
         journal: where the iterators note what they delivered.
         resume: None, or where the epoch goes on that the next iterator is for.
+        opened: None, or what was done for an iterator that begins a whole epoch in a run that goes on.
         stateful_sampler: the sampler that keeps its own state; None where none does.
         iterable, batched: the kind of dataset, and whether the loader makes batches itself.
+        batch_size: indices that the sampler gives for a batch that is not the last; 0 where it does not say.
     """
 
     faults: FaultPolicy
@@ -70,8 +72,10 @@ class EngineOptions:
     epochs: EpochCounter
     journal: Journal
     resume: Resumption | None
+    opened: Opened | None
     stateful_sampler: Any
     iterable: bool
     batched: bool
+    batch_size: int
     dataset: Any
     measured: Measured = field(default_factory=Measured)

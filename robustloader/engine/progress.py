@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.streams import Streams
 from robustloader.state import Delivered, LoaderState
 
-__all__ = ["Beginning", "Journal", "Progress", "Resumption", "ShardProgress"]
+__all__ = ["Beginning", "Journal", "Mark", "Opened", "Progress", "Resumption", "ShardProgress"]
+
+_MARK_BYTES = 4096
+"""A sampler's state of up to this size is kept after each batch that it gives, one ``n`` times as large after every
+``n``-th: what that costs a batch stays bounded, also where a sampler keeps a whole permutation in its state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,32 @@ class Beginning:
 
     streams: Streams
     generators: list[Any]
+
+
+class Mark(NamedTuple):
+    """A sampler's own state after one of its batches, pickled, and what the spares of later batches depend on.
+
+    ``drain``: the state is of the epoch before; the sampler must be read to its end first.
+    """
+
+    state: bytes
+    spares: tuple[Any, ...]
+    drain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An epoch that was begun for an iterator, as the run that goes on here would have begun it.
+
+    Attributes:
+        indices: what the sampler yields.
+        base_seed: the epoch's.
+        opening: see :class:`LoaderState`.
+    """
+
+    indices: Iterator[Any]
+    base_seed: int
+    opening: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +63,7 @@ class Resumption:
         beginning: how it had begun.
         indices: what its sampler yields from there on.
         spares: what may replace bad samples, as it was there.
+        mark: None, or the sampler's own state ``skipped`` batches before that.
         onward: where the global generators would be now, had the saved run not stopped before it read its sampler.
     """
 
@@ -39,6 +71,8 @@ class Resumption:
     beginning: Beginning
     indices: Iterator[Any]
     spares: SpareReservoir
+    mark: Mark | None = None
+    skipped: int = 0
     onward: Streams | None = None
 
 
@@ -67,8 +101,10 @@ class Progress:
     Attributes:
         beginning: random states before the epoch began.
         workers: processes that it began with.
-        sampler: the sampler that keeps its own state; ``marks`` are that state and the spares after each task read,
-            from the last one below which all were delivered; a string is what its ``state_dict`` raised.
+        sampler: the sampler that keeps its own state; ``marks`` are its states after some of the tasks read, from the
+            last one below which all were delivered; a string is what its ``state_dict`` raised.
+        batch_size: indices of a batch that is not the last.
+        ended: its state when the epoch was over, and the last one before that; ``before``: the same of the last epoch.
         stream: takes the snapshot of a stream in this process.
     """
 
@@ -83,19 +119,53 @@ class Progress:
     delivered: Delivered = field(default_factory=Delivered)
     shards: list[ShardProgress] = field(default_factory=list)
     next_shard: int = 0
-    marks: dict[int, tuple[Any, Any] | str] = field(default_factory=dict)
+    marks: dict[int, Mark | str] = field(default_factory=dict)
+    batch_size: int = 0
+    ended: tuple[bytes, Mark] | None = None
+    before: tuple[bytes, Mark] | None = None
     stream: Any = None
     holds: Callable[[], bool] = bool
     _pending: tuple[int, int, int, bool, bytes | str | None] | None = None
+    _due: int = -1
 
-    def read(self, task: int, spares: SpareReservoir) -> None:
-        """The sampler was read for ``task``; -1 before the first."""
-        if self.sampler is None:
+    def read(self, task: int, spares: SpareReservoir, indices: Any = None) -> None:
+        """The sampler was read for ``task``, and gave ``indices``; -1 before the first."""
+        if self.sampler is None or task < self._due:
             return
+        # To know that a batch is the last, and shorter, torch's BatchSampler reads its sampler to the end. Many
+        # samplers are at the beginning of the next epoch then, and their state says so: keep the one before.
+        if isinstance(indices, list) and len(indices) < self.batch_size and not ends_in_place(self.sampler):
+            return
+        self._due = task + 1
         try:
-            self.marks[task] = copy.deepcopy(self.sampler.state_dict()), spares.mark
+            mark = Mark(pickle.dumps(self.sampler.state_dict(), pickle.HIGHEST_PROTOCOL), spares.mark)
         except Exception as error:  # no reason to end a run that may never ask for a state
             self.marks[task] = f"{type(error).__name__}: {error}"
+            return
+        if task < 0 and self.before is not None and self.before[0] == mark.state:
+            mark = Mark(self.before[1].state, mark.spares, drain=True)
+        self.marks[task] = mark
+        self._due = task + 1 + len(mark.state) // _MARK_BYTES
+
+    def latest_mark(self) -> tuple[int, Mark | str] | None:
+        """The last state of the sampler that no undelivered batch has moved on, and the task it was taken after."""
+        number = max((number for number in self.marks if number < self.delivered.count), default=None)
+        return None if number is None else (number, self.marks[number])
+
+    def finish(self) -> None:
+        """The epoch has ended, and the trainer knows.
+
+        A sampler may say "all read" from here on and mean this epoch (torchdata's does): whoever loads that would have
+        an empty epoch next. Unless the sampler was changed since, a state goes back to its last batch and lets it find
+        its end again.
+        """
+        self.finished = True
+        self._enter()
+        latest = self.latest_mark()
+        if latest is None or isinstance(latest[1], str) or latest[1].drain:
+            return
+        with contextlib.suppress(Exception):  # whoever asks for a state will hear of it
+            self.ended = pickle.dumps(self.sampler.state_dict(), pickle.HIGHEST_PROTOCOL), latest[1]
 
     def deliver(
         self, task: int, *, shard: int = 0, calls: int = 0, loaded: bool = True, snapshot: bytes | str | None = None
@@ -129,9 +199,14 @@ class Progress:
             self.next_shard = (number + 1) % len(self.shards)
             return
         self.delivered.add(task)
-        if self.marks:
-            for old in [number for number in self.marks if number < self.delivered.count - 1]:
+        if len(self.marks) > 1 and (latest := self.latest_mark()) is not None:
+            for old in [number for number in self.marks if number < latest[0]]:
                 del self.marks[old]
+
+
+def ends_in_place(sampler: Any) -> bool:
+    """Whether a sampler's state, when it has given its last index, says that and not where the next epoch begins."""
+    return bool(getattr(sampler, "ends_in_place", False))
 
 
 class Journal:
@@ -141,12 +216,24 @@ class Journal:
         progress: the epoch of the iterator created last; None before the first.
         loaded: a state that was loaded and of which no epoch has begun yet.
         beginning: the random states before the epoch that begins now.
+        openings: how the loaded run would begin its next epoch, and how all later ones (see :class:`LoaderState`);
+            None where no state was loaded, so that the loader does as torch does.
+        drained: the end of the epoch before the loaded state, as :attr:`Progress.ended` has it.
     """
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.loaded: LoaderState | None = None
         self.beginning: Beginning | None = None
+        self.openings: tuple[str, str] | None = None
+        self.drained: tuple[bytes, Mark] | None = None
+
+    @property
+    def base_seed(self) -> int:
+        """Of the epoch begun last, or of the state that was loaded since."""
+        if self.loaded is not None:
+            return self.loaded.base_seed
+        return self.progress.base_seed if self.progress is not None else 0
 
     def begin(
         self,
@@ -156,6 +243,7 @@ class Journal:
         opening: str,
         iterable: bool,
         sampler: Any,
+        batch_size: int,
         resume: Resumption | None,
     ) -> Progress:
         """An iterator begins an epoch."""
@@ -170,16 +258,23 @@ class Journal:
             workers=iterator.num_workers if state is None else state.workers,
             iterable=iterable,
             sampler=sampler,
+            batch_size=batch_size,
+            before=self.drained if self.loaded is not None or self.progress is None else self.progress.ended,
         )
         owner = weakref.ref(iterator)
         progress.holds = lambda: (held := owner()) is not None and held.holds_batch
         if iterable:
             progress.shards = [ShardProgress() for _ in range(max(1, progress.workers))]
-        if state is not None:
+        if resume is not None and state is not None:
             progress.delivered = Delivered(state.delivered, set(state.ahead))
             progress.next_shard = state.next_shard
-        self.progress, self.loaded = progress, None
+            if resume.mark is not None:
+                progress.marks[state.delivered - 1 - resume.skipped] = resume.mark
+                progress._due = state.delivered
+        elif self.openings is not None:
+            self.openings = (self.openings[1], self.openings[1])
+        self.progress, self.loaded, self.drained = progress, None, None
         return progress
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"progress": None, "loaded": self.loaded, "beginning": None}
+        return {"progress": None, "loaded": self.loaded, "beginning": None, "openings": self.openings}

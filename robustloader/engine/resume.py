@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import itertools
 import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from robustloader.decisions.keys import as_list, once_only
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
-from robustloader.engine.progress import Beginning, Journal, Resumption, ShardProgress
+from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
 from robustloader.engine.streams import (
     Streams,
     decode_generator,
@@ -37,6 +37,7 @@ __all__ = [
     "describe",
     "load_objects",
     "note_beginning",
+    "open_next",
     "reopen",
     "shard_progress",
     "stateful_sampler",
@@ -105,17 +106,25 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         "quarantine": tuple(desk.quarantine.added.items()),
         "faults": desk.budget.faults,
         "samples": desk.budget.samples,
+        "base_seed": journal.base_seed,
+        "openings": loader.natural_openings() if journal.openings is None else journal.openings,
     }
-    sampler, iterable = stateful_sampler(loader), setting.kind == "iterable"
+    iterable = setting.kind == "iterable"
     if progress is None or progress.finished:
+        sampler = stateful_sampler(loader)
+        told, ended = state_of(sampler), None if progress is None else progress.ended
+        drain = ended is not None and pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL) == ended[0]
+        if drain and ended is not None:
+            told = (pickle.loads(ended[1].state),)
         return LoaderState(
             epoch=upcoming if progress is None else progress.epoch + 1,
             begun=False,
-            sampler_state=state_of(sampler),
+            sampler_state=told,
+            sampler_drain=drain,
             dataset_state=state_of(loader.dataset),
             **common,
         )
-    mark = progress.marks.get(progress.delivered.count - 1)
+    read, mark = progress.latest_mark() or (0, None)
     if isinstance(mark, str):
         raise StateError(f"the sampler's own state_dict() failed, so nobody knows where it stood: {mark}", found=mark)
     return LoaderState(
@@ -123,16 +132,17 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         begun=True,
         delivered=progress.delivered.count,
         ahead=tuple(sorted(progress.delivered.ahead)),
-        base_seed=progress.base_seed,
         opening=progress.opening,
         streams=encode_streams(progress.beginning.streams),
         generators=tuple(map(encode_generator, progress.beginning.generators)),
         workers=progress.workers,
         shards=tuple(_shard_state(shard, progress.stream) for shard in progress.shards),
         next_shard=progress.next_shard,
-        sampler_state=() if mark is None else (copy.deepcopy(mark[0]),),
+        sampler_state=() if mark is None else (pickle.loads(mark.state),),
+        sampler_skip=0 if mark is None else progress.delivered.count - 1 - read,
+        sampler_drain=mark is not None and mark.drain,
         dataset_state=() if iterable else state_of(loader.dataset),
-        spares=() if mark is None else (*mark[1][:3], [list(row) for row in mark[1][3]]),
+        spares=() if mark is None else (*mark.spares[:3], [list(row) for row in mark.spares[3]]),
         **common,
     )
 
@@ -197,9 +207,43 @@ def load_objects(loader: Any, state: LoaderState) -> None:
         loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
 
 
-def begin_next(loader: Any, state: LoaderState) -> None:
-    """Put the loader's own generators where they were when a state between two epochs was saved."""
+def begin_next(loader: Any, state: LoaderState, journal: Journal) -> None:
+    """Put the loader's own generators, and its sampler, where they were when a state between two epochs was saved."""
     _set_generators(loader, state.generators_now)
+    if state.sampler_drain:
+        _drain(loader)
+        with contextlib.suppress(Exception):  # the sampler's state_dict: whoever asks for a state will hear of it
+            ended = pickle.dumps(stateful_sampler(loader).state_dict(), pickle.HIGHEST_PROTOCOL)
+            journal.drained = ended, Mark(pickle.dumps(state.sampler_state[0], pickle.HIGHEST_PROTOCOL), ())
+
+
+def open_next(loader: Any, journal: Journal) -> Opened | None:
+    """Begin a whole epoch as the run that goes on here would; None where there is no such run, or torch's way will do.
+
+    What is drawn from the generators, and how often ``iter()`` is called on the sampler, decides the permutation. An
+    iterable dataset has none.
+    """
+    if journal.openings is None or torch_private.is_iterable(loader):
+        return None
+    opening, base_seed = journal.openings[0], journal.base_seed
+    indices: Iterator[Any] = iter(())
+    for step in opening:
+        if step == "i":
+            indices = iter(_reads(loader))
+        else:
+            base_seed = torch_private.draw_base_seed(loader)
+    return Opened(indices=indices, base_seed=base_seed, opening=opening)
+
+
+def _drain(loader: Any) -> None:
+    """Read a sampler to the end of the epoch that its state is of."""
+    with preserve_rng():
+        collections.deque(iter(_reads(loader)), maxlen=0)
+
+
+def _reads(loader: Any) -> Any:
+    """What a loader reads its tasks from."""
+    return loader.batch_sampler if torch_private.auto_collation(loader) else loader.sampler
 
 
 def check_generators(loader: Any, state: LoaderState) -> None:
@@ -230,27 +274,41 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     streams = decode_streams(state.streams)
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
     spares = SpareReservoir(seed=state.base_seed, epoch=state.epoch)
-    reads = loader.batch_sampler if batched else loader.sampler
-    positioned = bool(state.sampler_state)
+    reads = _reads(loader)
+    observing = spares if desk.repairs else None
+    if state.sampler_drain:
+        _drain(loader)
+    mark = None
     with preserve_rng():
         restore_rng(streams)
         indices: Iterator[Any] = iter(())
-        for step in state.opening.replace("isi", "si") if positioned else state.opening:
+        for step in state.opening.replace("isi", "si") if state.sampler_state else state.opening:
             if step == "i":
                 indices = iter(reads)
             else:
-                torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+                torch_private.draw_base_seed(loader)
         unread = encode_streams(rng_states()) == state.streams_now
-        if positioned:
+        if state.sampler_state:
             if state.spares:
                 spares.restore((state.spares[0], state.spares[1], state.spares[2], state.spares[3]))
+            mark = Mark(pickle.dumps(state.sampler_state[0], pickle.HIGHEST_PROTOCOL), spares.mark, state.sampler_drain)
+            first = state.delivered - state.sampler_skip
+            _pass_over(indices, range(first, state.delivered), observing, batched=batched)
         elif not iterable:
-            indices = _walk(reads, indices, state.delivered, spares if desk.repairs else None, batched=batched)
+            indices = _walk(reads, indices, state.delivered, observing, batched=batched)
         # What a sampler draws when it is first read belongs to here: read it.
         indices = itertools.chain(list(itertools.islice(indices, 1)), indices)
         onward = rng_states() if unread else None
     beginning = Beginning(streams=streams, generators=generators)
-    return Resumption(state=state, beginning=beginning, indices=indices, spares=spares, onward=onward)
+    return Resumption(
+        state=state,
+        beginning=beginning,
+        indices=indices,
+        spares=spares,
+        mark=mark,
+        skipped=state.sampler_skip,
+        onward=onward,
+    )
 
 
 def _walk(
@@ -264,14 +322,19 @@ def _walk(
         return batches
     if not batched:
         return _walk_flat(indices, tasks, 1, spares)
-    for task in range(tasks):
+    _pass_over(indices, range(tasks), spares, batched=True)
+    return indices
+
+
+def _pass_over(indices: Iterator[Any], tasks: range, spares: SpareReservoir | None, *, batched: bool) -> None:
+    """Read these tasks, one by one."""
+    for task in tasks:
         batch = next(indices, None)
         if batch is None:
             break
         if spares is not None:
-            spares.observe(task, as_list(once_only(batch), batched=True))
+            spares.observe(task, as_list(once_only(batch), batched=batched))
             spares.close(task)
-    return indices
 
 
 def _walk_flat(source: Any, tasks: int, size: int, spares: SpareReservoir | None) -> Iterator[Any]:

@@ -21,6 +21,7 @@ __all__ = [
     "HookedDataLoader",
     "LoaderIterator",
     "auto_collation",
+    "draw_base_seed",
     "end_iterator",
     "is_datapipe",
     "is_iterable",
@@ -74,6 +75,11 @@ def is_iterable(loader: DataLoader[Any]) -> bool:
 def auto_collation(loader: DataLoader[Any]) -> bool:
     """Whether the loader makes batches itself (``batch_size`` or ``batch_sampler`` given)."""
     return bool(loader._auto_collation)
+
+
+def draw_base_seed(loader: DataLoader[Any]) -> int:
+    """Draw the base seed of an epoch from the loader's generator, as the constructor of torch's iterators does."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item())
 
 
 def key_error_message(text: str) -> str:
@@ -170,6 +176,15 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
             self.drop_iterator()
         return super().__iter__()
 
+    def natural_openings(self) -> tuple[str, str]:
+        """What torch does at the beginning of the next epoch, and of all later ones: ``i`` for ``iter(sampler)``, ``s``
+        for a draw of the base seed."""
+        if not self.num_workers:
+            return "is", "is"
+        kept = self._iterator
+        goes_on = kept is not None and not getattr(kept, "closed", False) and not getattr(kept, "once", False)
+        return "i" if goes_on else "isi", "i" if self.persistent_workers else "isi"
+
     def drop_iterator(self) -> None:
         """Close the persistent iterator, if there is one: the next epoch gets another."""
         if self._iterator is not None and hasattr(self._iterator, "close"):
@@ -244,6 +259,18 @@ class LoaderIterator(_BaseDataLoaderIter):
         else:
             self._reset(loader, first)
 
+    def open_as(self, loader: DataLoader[Any], opening: str, base_seed: int) -> None:
+        """A later epoch of persistent workers begins otherwise than torch's (``i``): do the rest of ``opening``.
+
+        Without a draw in it, the epoch has ``base_seed``.
+        """
+        self._base_seed = self.base_seed = base_seed
+        for step in opening.removeprefix("i"):
+            if step == "s":
+                self._base_seed = self.base_seed = draw_base_seed(loader)
+            else:
+                self._sampler_iter = iter(self._index_sampler)
+
     @property
     def holds_batch(self) -> bool:
         """Whether a batch is kept that a warning was raised in place of."""
@@ -285,7 +312,7 @@ class LoaderIterator(_BaseDataLoaderIter):
         return batch
 
     def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)
+        super()._reset(loader, first_iter)  # type: ignore[no-untyped-call,unused-ignore]
         self._kept.clear()
         self.begin_epoch(loader, first=first_iter)
 

@@ -9,6 +9,7 @@ from robustloader.telemetry.chrometrace import ChromeTraceSink
 from robustloader.telemetry.faultlog import FaultLog
 from robustloader.telemetry.histogram import LogHistogram
 from robustloader.telemetry.jsonl import JsonlSink
+from robustloader.telemetry.merging import MergedSummary, Spread, merge_summaries
 from robustloader.telemetry.opentelemetry import OpenTelemetrySink
 from robustloader.telemetry.prometheus import PrometheusSink
 from robustloader.telemetry.recorder import EpochRecording, Recorder
@@ -22,10 +23,13 @@ __all__ = [
     "FaultLog",
     "JsonlSink",
     "LogHistogram",
+    "MergedSummary",
     "OpenTelemetrySink",
     "PrometheusSink",
     "Recorder",
+    "Spread",
     "Statistics",
     "TensorBoardSink",
     "WorkerSummary",
+    "merge_summaries",
 ]

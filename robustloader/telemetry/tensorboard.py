@@ -145,7 +145,7 @@ class TensorBoardSink(ConfiguredSink):
 
     def _open(self) -> Any:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined,unused-ignore]
 
             self._writer = SummaryWriter(self.log_dir)
         if not self._greeted:

@@ -57,7 +57,11 @@ class Misbehaviour:
 
 @dataclass(frozen=True, kw_only=True)
 class Raise(Misbehaviour):
-    """Raises ``error``, or what it makes of the index."""
+    """Raises.
+
+    Args:
+        error: an exception type, or a function from the index to an exception.
+    """
 
     error: Callable[[Any], BaseException] = ValueError
 
@@ -70,7 +74,11 @@ class Raise(Misbehaviour):
 
 @dataclass(frozen=True, kw_only=True)
 class Slow(Misbehaviour):
-    """Takes ``seconds`` longer than usual."""
+    """Takes longer than usual.
+
+    Args:
+        seconds: by how much.
+    """
 
     seconds: float = 1.0
 
@@ -83,8 +91,12 @@ class Slow(Misbehaviour):
 
 @dataclass(frozen=True, kw_only=True)
 class Hang(Misbehaviour):
-    """Never comes back: asleep in Python, or with ``in_c`` blocked in C with the interpreter lock held, where no Python
-    code of that process runs any more, signal handlers included."""
+    """Never comes back.
+
+    Args:
+        in_c: blocked in C with the interpreter lock held, where no Python code of that process runs any more, signal
+            handlers included; False sleeps in Python.
+    """
 
     in_c: bool = False
 
@@ -101,7 +113,11 @@ class Hang(Misbehaviour):
 
 @dataclass(frozen=True, kw_only=True)
 class Crash(Misbehaviour):
-    """Dies of a signal: SIGSEGV by reading address 0, SIGABRT by ``abort()``, others by sending it to itself."""
+    """Dies of a signal: SIGSEGV by reading address 0, SIGABRT by ``abort()``, others by sending it to itself.
+
+    Args:
+        signal: which one.
+    """
 
     signal: int = signal.SIGSEGV
 
@@ -117,7 +133,11 @@ class Crash(Misbehaviour):
 
 @dataclass(frozen=True, kw_only=True)
 class Exit(Misbehaviour):
-    """Ends the process at once with this exit status, as native code that calls ``exit()`` does."""
+    """Ends the process at once, as native code that calls ``exit()`` does.
+
+    Args:
+        code: the exit status.
+    """
 
     code: int = 0
 
@@ -128,8 +148,12 @@ class Exit(Misbehaviour):
 
 @dataclass(frozen=True, kw_only=True)
 class ExhaustMemory(Misbehaviour):
-    """Takes memory until the kernel kills the process, or until it has ``up_to_bytes``: then it kills itself, so that a
-    machine without a limit survives the test. It never takes more than half of what is free."""
+    """Takes memory until the kernel kills the process, or until it has enough: then it kills itself, so that a machine
+    without a limit survives the test. It never takes more than half of what is free.
+
+    Args:
+        up_to_bytes: what is enough.
+    """
 
     up_to_bytes: int = 1 << 30
 
@@ -219,7 +243,12 @@ class Injector:
 
 
 class InjectedDataset(Dataset[Any]):
-    """A map-style dataset, some of whose samples misbehave; everything else is the dataset's own."""
+    """A map-style dataset, some of whose samples misbehave; everything else is the dataset's own.
+
+    Args:
+        dataset: loads the samples.
+        injector: its plan names samples by their index.
+    """
 
     def __init__(self, dataset: Any, injector: Injector) -> None:
         self.dataset = dataset

@@ -59,10 +59,14 @@ class Trial(NamedTuple):
 
 
 class Resume(NamedTuple):
-    """A new epoch begins: what is fetched from now on belongs to ``run``."""
+    """A new epoch begins: what is fetched from now on belongs to ``run``.
+
+    ``base_seed`` is that of ``seeding="batch"``; a worker's own stream goes on.
+    """
 
     run: int
     epoch: int
+    base_seed: int
 
 
 class Resumed(NamedTuple):

@@ -22,7 +22,7 @@ class TuningReport:
 
     Attributes:
         best: the recommended ``num_workers``.
-        rows: one :class:`Row` per measured number, ascending.
+        rows: one :class:`~robustloader.decisions.tuning.Row` per measured number, ascending.
         verdict: "data is not your bottleneck", "data is the bottleneck", or "as fast as possible" (no ``step_s``).
         reason: why this number, in words.
         complete: False after Ctrl-C, or where the time did not suffice for every candidate.

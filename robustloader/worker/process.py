@@ -155,6 +155,7 @@ class _Worker:
         self.where = where
         self.run = setup.run
         self.epoch = setup.epoch
+        self.base_seed = setup.base_seed
         self._rss = self._rss_due_ns = 0
         self.arena = Arena(setup.arena) if setup.arena is not None else None
         self.stacker = Stacker(self.arena)
@@ -233,7 +234,7 @@ class _Worker:
                 return
 
     def _resume(self, message: Resume) -> bool:
-        self.run, self.epoch = message.run, message.epoch
+        self.run, self.epoch, self.base_seed = message.run, message.epoch, message.base_seed
         if self.setup.iterable:
             self.channel.send(Resumed(message.run, rng_states()))
             try:
@@ -245,12 +246,12 @@ class _Worker:
 
     def _serve_fetch(self, order: Fetch) -> None:
         if self.setup.seed_batches:
-            seed_batch(self.setup.base_seed, self.epoch, order.task)
+            seed_batch(self.base_seed, self.epoch, order.task)
         begun = time.monotonic_ns()
         outcome = self.fetcher.fetch(order)
         if order.careful and self.setup.seed_batches and isinstance(outcome, Loaded) and outcome.report is None:
             # Proved sample by sample; the batch itself must draw its random numbers in the usual order.
-            seed_batch(self.setup.base_seed, self.epoch, order.task)
+            seed_batch(self.base_seed, self.epoch, order.task)
             outcome = self.fetcher.fetch(order._replace(careful=False))
         load_ns = time.monotonic_ns() - begun
         for _ in range(2):

@@ -33,20 +33,27 @@ def is_stateful(thing: object) -> bool:
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
-def state_of(thing: Any) -> tuple[Any, ...]:
+def state_of(thing: Any, *, copied: bool = True) -> tuple[Any, ...]:
     """A copy of an object's state in a tuple; empty where it keeps none."""
-    return (copy.deepcopy(thing.state_dict()),) if is_stateful(thing) else ()
+    if not is_stateful(thing):
+        return ()
+    state = thing.state_dict()
+    return (copy.deepcopy(state) if copied else state,)
 
 
-def take_snapshot(fetcher: object, *, with_rng: bool) -> StreamSnapshot | None:
+def take_snapshot(fetcher: object, *, with_rng: bool, copied: bool = True) -> StreamSnapshot | None:
     """Where a fetcher's stream stands; None where neither the dataset nor the stream can tell.
+
+    Args:
+        with_rng: whether the process's random states belong to it.
+        copied: False where it is pickled before anything moves on.
 
     Raises:
         Exception: what the user's ``state_dict`` raises.
     """
     if not isinstance(fetcher, IterableFetcher):
         return None
-    dataset, stream = state_of(fetcher.plan.dataset), state_of(fetcher.stream)
+    dataset, stream = state_of(fetcher.plan.dataset, copied=copied), state_of(fetcher.stream, copied=copied)
     if not dataset and not stream:
         return None
     return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng_states() if with_rng else None)
@@ -58,7 +65,7 @@ def pickled_snapshot(fetcher: object) -> bytes | str | None:
     A string says what the user's ``state_dict`` raised. That is no reason to end a run that may never ask for a state.
     """
     try:
-        taken = take_snapshot(fetcher, with_rng=True)
+        taken = take_snapshot(fetcher, with_rng=True, copied=False)
         return None if taken is None else pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from robustloader import RobustDataLoader, SampleError, WorkerError, WorkerStartError
 from tests.support import parity_data as data
 from tests.support.parity_run import MODES, STRICT, Program, assert_same, describe
+from tests.support.torches import WARNS_OF_PICKLING
 
 workers = pytest.mark.parametrize("num_workers", [0, 1, 2])
 pytestmark = pytest.mark.filterwarnings(
@@ -385,7 +386,7 @@ def test_wrong_arguments(arguments: dict[str, Any], mode: str) -> None:
         # What a sample or collate_fn raises is a fault then; the constructor's business is still torch's.
         assert ours.notes[:2] == torchs.notes[:2]
     else:
-        assert ours == torchs
+        assert ours.as_terse_as(torchs) == torchs
     gc.collect()  # so that torch's __del__ complains here
 
 
@@ -535,7 +536,10 @@ def test_a_stream_that_cannot_begin(num_workers: int) -> None:
 
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_a_dataset_that_does_not_pickle(context: str) -> None:
-    """Under spawn and forkserver iter() raises what pickling raised, with torch's warning before it."""
+    """Under spawn and forkserver iter() raises what pickling raised, with torch's warning before it.
+
+    Torch has that warning since a later version than the oldest one; here it is always given.
+    """
     told = []
     for kind, options in ((DataLoader, {}), (RobustDataLoader, STRICT)):
         dataset = data.Shared(2, lambda index: index)
@@ -545,7 +549,8 @@ def test_a_dataset_that_does_not_pickle(context: str) -> None:
             with pytest.raises((AttributeError, pickle.PicklingError), match="lambda") as raised:
                 iter(loader)
         told.append((type(raised.value), [(w.category, str(w.message)) for w in caught]))
-    assert told[0] == told[1]
+    assert told[0][0] is told[1][0]
+    assert told[0][1] == (told[1][1] if WARNS_OF_PICKLING else [])
     with (
         pytest.warns(match="Got pickle error when attempting to start a worker Process"),
         pytest.raises(WorkerStartError, match="lambda") as robust,

@@ -18,6 +18,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 from robustloader import RobustDataLoader, RobustLoaderWarning
 from tests.support import parity_data as data
 from tests.support.parity_run import MODES, STRICT, Program, assert_same, fingerprint
+from tests.support.torches import ORDERS_BY_CAPACITY, WARNS_OF_NO_ACCELERATOR
 
 both_modes = pytest.mark.parametrize("mode", MODES)
 workers = pytest.mark.parametrize("num_workers", [0, 2])
@@ -148,7 +149,12 @@ def test_two_loaders_in_two_threads(mode: str) -> None:
 @workers
 @pytest.mark.parametrize("more", [{}, {"pin_memory_device": "cuda"}], ids=["", "device"])
 def test_pin_memory_without_an_accelerator(mode: str, num_workers: int, more: dict[str, Any]) -> None:
-    """It warns in torch's words, pins nothing, and loads all the same."""
+    """It warns in torch's words, pins nothing, and loads all the same.
+
+    Older torch does not warn, and its pin thread dies where a device is named that is not there.
+    """
+    if more and not WARNS_OF_NO_ACCELERATOR:
+        pytest.skip("this torch cannot do it either")
     torchs = assert_same(
         Program(
             lambda: {
@@ -162,7 +168,7 @@ def test_pin_memory_without_an_accelerator(mode: str, num_workers: int, more: di
         ),
         mode,
     )
-    assert torchs.warned
+    assert bool(torchs.warned) == WARNS_OF_NO_ACCELERATOR
 
 
 @both_modes
@@ -320,10 +326,11 @@ def test_datapipes_get_torchs_iterator(num_workers: int) -> None:
 
 @both_modes
 def test_out_of_order_the_ready_batch_comes_first(mode: str) -> None:
-    """With in_order=False a batch that is ready is not kept waiting by one that is not."""
+    """With in_order=False a batch that is ready is not kept waiting by one that is not. Older torch gives tasks to a
+    stuck worker all the same, and waits for ever."""
     import multiprocessing as mp
 
-    for kind, options in both(mode):
+    for kind, options in both(mode)[not ORDERS_BY_CAPACITY :]:
         event = mp.get_context("fork").Event()
         loader = kind(Held(event), batch_size=None, num_workers=2, prefetch_factor=1, in_order=False, **options)
         iterator = iter(loader)

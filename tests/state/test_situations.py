@@ -21,7 +21,7 @@ from robustloader import (
     RobustDataLoader,
     StateError,
 )
-from tests.support.datasets import Deadly, Death, Numbers
+from tests.support.datasets import Deadly, Death, Numbers, Random, Stream
 
 
 def numbers(batches: Any) -> list[int]:
@@ -254,6 +254,25 @@ def test_a_worker_dies_in_a_stream_that_keeps_its_place(tmp_path: Path, transpor
     assert [batch[:, -1].tolist() for batch in other] == rest
 
 
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+@pytest.mark.parametrize("later", [0, 2])
+def test_a_shard_that_died_out(tmp_path: Path, later: int) -> None:
+    """A shard that ended because it killed its processes is not begun again, least of all in the training process."""
+    death = Death(tmp_path, "SIGSEGV", None)
+    dataset = Stream(40, death=death, at=8)  # shard 0 yields 0, 2, 4, 6
+    ours = RobustDataLoader(dataset, 2, num_workers=2)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 7))
+    state, deaths = ours.state_dict(), death.count
+    assert [shard["ended"] for shard in state["shards"]] == [True, False]
+    rest = numbers(iterator)
+    assert sorted(head + rest) == sorted([0, 2, 4, 6, *range(1, 40, 2)])
+    other = RobustDataLoader(dataset, 2, num_workers=later)
+    other.load_state_dict(state)
+    assert numbers(other) == rest
+    assert (death.count, death.seen_in_trainer) == (deaths, False)
+
+
 class Speechless(IterableDataset):
     """Has a state, but cannot tell it."""
 
@@ -286,6 +305,74 @@ def test_a_state_that_cannot_be_told_ends_no_run(dataset: Any, workers: int) -> 
     assert sorted(head + numbers(iterator)) == list(range(8))
 
 
+@pytest.mark.parametrize("generator", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, True), (0, False)), ((0, False), (2, True)), ((2, True), (2, True))]
+)
+def test_later_epochs_are_those_of_the_saved_run(
+    before: tuple[int, bool], after: tuple[int, bool], generator: bool
+) -> None:
+    """torch's persistent workers draw no base seed for later epochs and others do: whoever goes on does as was done,
+    for as long as the run lasts."""
+
+    def make(workers: int, persistent: bool) -> RobustDataLoader[Any]:
+        return RobustDataLoader(
+            Numbers(30),
+            4,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(6) if generator else None,
+            num_workers=workers,
+            persistent_workers=persistent,
+        )
+
+    torch.manual_seed(1)
+    unbroken = make(*before)
+    epochs = [numbers(unbroken) for _ in range(5)]
+    torch.manual_seed(1)
+    ours = make(*before)
+    told = [numbers(ours)]
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 3))
+    state = ours.state_dict()
+    del iterator
+    torch.manual_seed(99)
+    other = make(*after)
+    other.load_state_dict(state)
+    told += [head + numbers(other), numbers(other)]
+    state = other.state_dict()
+    third = make(*before)
+    third.load_state_dict(state)
+    told += [numbers(third) for _ in range(2)]
+    assert told == epochs
+
+
+def test_workers_draw_new_numbers_in_each_epoch_that_has_the_old_base_seed() -> None:
+    """Workers that are not persistent, in a run that was: their random streams must not repeat."""
+    ours = RobustDataLoader(Random(8), 4, num_workers=1, persistent_workers=True)
+    list(ours)
+    other = RobustDataLoader(Random(8), 4, num_workers=1)
+    other.load_state_dict(ours.state_dict())
+    drawn = [int(number) for _ in range(3) for _, noise in other for number in noise]
+    assert len(set(drawn)) == len(drawn) == 24
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_taken_before_the_next_batch(workers: int, steps: int) -> None:
+    """Stopped again right after it went on, without a batch: nothing is lost, with a sampler's own state too."""
+    whole = list(ElasticDistributedSampler(range(30), 2, 0))
+    state: dict[str, Any] = {}
+    head: list[int] = []
+    for _ in range(3):
+        ours = RobustDataLoader(Numbers(30), 3, sampler=ElasticDistributedSampler(range(30), 2, 0), num_workers=workers)
+        if state:
+            ours.load_state_dict(state)
+        iterator = iter(ours)
+        head = head or numbers(itertools.islice(iterator, steps))
+        state = ours.state_dict()
+        assert head + numbers(iterator) == whole
+
+
 def test_epochs_go_on_counting() -> None:
     """A resumed epoch has its number, and so has the next."""
     ours = RobustDataLoader(Numbers(9), 3)
@@ -315,11 +402,10 @@ def test_the_elastic_sampler_is_torchs(size: int, ranks: int, shuffle: bool, dro
             assert (list(ours), len(ours)) == (list(theirs), len(theirs))
 
 
-@pytest.mark.parametrize("later", [1, 2, 6, 16])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("later", "workers"), [(1, 0), (6, 0), (16, 0), (6, 1)])
 def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) -> None:
-    """Saved by 4 ranks: the others read what is left of the global order, each sample once."""
-    size = 4 * 5 * 3 + 96
+    """Saved by 8 ranks: the others read what is left of the global order, each sample once."""
+    size = 8 * 5 * 3 + 96
 
     def loaders(ranks: int) -> list[RobustDataLoader[Any]]:
         samplers = [ElasticDistributedSampler(range(size), ranks, rank, seed=2) for rank in range(ranks)]
@@ -327,14 +413,14 @@ def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) ->
             sampler.set_epoch(1)
         return [RobustDataLoader(Numbers(size), 3, sampler=sampler, num_workers=workers) for sampler in samplers]
 
-    before = loaders(4)
+    before = loaders(8)
     iterators = [iter(each) for each in before]
     read = [number for each in iterators for number in numbers(itertools.islice(each, 5))]
     states = [each.state_dict() for each in before]
     del iterators
     after = loaders(later)
     for rank, each in enumerate(after):
-        each.load_state_dict(states[rank % 4])
+        each.load_state_dict(states[rank % 8])
     rest = [numbers(each) for each in after]
     assert sorted(read + flat(rest)) == list(range(size))
     assert len({len(share) for share in rest}) == 1

@@ -43,6 +43,7 @@ NAMES = (
     "JsonlSink",
     "MemoryLow",
     "MemoryPolicy",
+    "MergedSummary",
     "OpenTelemetrySink",
     "OptionError",
     "PoolHealed",
@@ -76,6 +77,7 @@ NAMES = (
     "WorkerStartError",
     "compare",
     "doctor",
+    "merge_summaries",
     "tune",
 )
 OURS = ("faults", "recovery", "memory", "telemetry", "seeding", "transport")
@@ -216,7 +218,7 @@ def test_unknown_keywords_are_torchs_business() -> None:
 def test_auto_is_a_number_and_stays_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """num_workers="auto" becomes an int at once, and is worked out anew where a loader is rebuilt."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    loader = RobustDataLoader([1, 2], num_workers="auto", timeout=9)  # type: ignore[arg-type]
+    loader = RobustDataLoader([1, 2], num_workers="auto", timeout=9)
     assert isinstance(loader.num_workers, int)
     assert 1 <= loader.num_workers <= len(os.sched_getaffinity(0))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
@@ -231,14 +233,14 @@ def test_auto_is_a_number_and_stays_auto(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_auto_survives_an_odd_environment(monkeypatch: pytest.MonkeyPatch, ranks: str) -> None:
     """A LOCAL_WORLD_SIZE that is no count of ranks means one rank."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    one = RobustDataLoader([1], num_workers="auto").num_workers  # type: ignore[arg-type]
+    one = RobustDataLoader([1], num_workers="auto").num_workers
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    assert RobustDataLoader([1], num_workers="auto").num_workers == one  # type: ignore[arg-type]
+    assert RobustDataLoader([1], num_workers="auto").num_workers == one
 
 
 def test_auto_loads() -> None:
     """It is a number like any other."""
-    loader = RobustDataLoader([1, 2, 3], batch_size=None, num_workers="auto")  # type: ignore[arg-type]
+    loader = RobustDataLoader([1, 2, 3], batch_size=None, num_workers="auto")
     assert list(loader) == [1, 2, 3]
 
 
@@ -246,7 +248,7 @@ def test_auto_loads() -> None:
 def test_only_auto_is_auto(word: str) -> None:
     """Another word is torch's own error."""
     with pytest.raises(TypeError):
-        RobustDataLoader([1], num_workers=word)  # type: ignore[arg-type]
+        RobustDataLoader([1], num_workers=word)
 
 
 # --- wrong options ----------------------------------------------------------------------------------------------------
@@ -376,5 +378,5 @@ def test_the_ends_of_the_ranges_are_allowed(make: Any) -> None:
 def test_torchs_errors_are_raised_first() -> None:
     """A wrong argument of torch's is told in torch's words even if one of ours is wrong as well."""
     with pytest.raises(ValueError, match="num_workers option should be non-negative"):
-        RobustDataLoader([1], num_workers=-1, seeding="nothing")  # type: ignore[arg-type]
+        RobustDataLoader([1], num_workers=-1, seeding="nothing")
     assert torch.utils.data.get_worker_info() is None

@@ -1,0 +1,206 @@
+"""Objects that keep their own state: what was written for torchdata's loader works here, and ours there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.stateful import Stateful as TorchStateful
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import BatchSampler, RandomSampler, StatefulDistributedSampler
+from torchdata.stateful_dataloader.stateful import Stateful
+
+from robustloader import ElasticDistributedSampler, RobustDataLoader
+from tests.support.datasets import Numbers
+
+SIZE = 23
+THEIRS = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 calls it
+
+
+def numbers(batches: Any) -> list[int]:
+    return [int(number) for batch in batches for number in batch]
+
+
+def test_the_loader_and_its_samplers_follow_the_protocol() -> None:
+    """torch's and torchdata's: whatever looks for stateful objects finds them."""
+    for thing in (RobustDataLoader(Numbers(3)), ElasticDistributedSampler(range(3), 1, 0)):
+        assert isinstance(thing, Stateful) and isinstance(thing, TorchStateful)
+
+
+# --- samplers
+
+
+def sampler(kind: str) -> dict[str, Any]:
+    dataset = Numbers(SIZE)
+    if kind == "distributed":
+        return {"batch_size": 3, "sampler": StatefulDistributedSampler(dataset, 2, 1)}
+    generator = torch.Generator().manual_seed(4)
+    if kind == "random":
+        return {"batch_size": 3, "sampler": RandomSampler(dataset, generator=generator)}
+    if kind == "elastic":
+        return {"batch_size": 3, "sampler": ElasticDistributedSampler(dataset, 2, 1)}
+    return {"batch_sampler": BatchSampler(RandomSampler(dataset, generator=generator), 3, False)}
+
+
+@pytest.mark.parametrize("stop", ["begun", "middle", "last", "ended", "next"])
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+@pytest.mark.parametrize("kind", ["distributed", "random", "batches", "elastic"])
+def test_samplers_of_torchdata(kind: str, before: int, after: int, stop: str) -> None:
+    """Whether the sampler keeps its state or its iterator does: the rest and the next epoch are the unbroken run's."""
+    unbroken = RobustDataLoader(Numbers(SIZE), num_workers=before, **sampler(kind))
+    epochs = [numbers(unbroken) for _ in range(3)]
+    steps = len(unbroken)
+    ours = RobustDataLoader(Numbers(SIZE), num_workers=before, **sampler(kind))
+    iterator = iter(ours)
+    taken = {"begun": 0, "middle": 2}.get(stop, steps)
+    told = numbers(itertools.islice(iterator, taken))
+    if stop in ("ended", "next"):
+        assert next(iterator, None) is None
+        assert told == epochs.pop(0)
+        told = []
+    if stop == "next":
+        iterator = iter(ours)
+    state = json.loads(json.dumps(ours.state_dict(), default=pickled))
+    del iterator
+    other = RobustDataLoader(Numbers(SIZE), num_workers=after, **sampler(kind))
+    other.load_state_dict(state)
+    assert [told + numbers(other), *(numbers(other) for _ in epochs[1:])] == epochs
+
+
+def pickled(thing: Any) -> Any:
+    raise AssertionError(f"the state holds a {type(thing).__name__}")
+
+
+@THEIRS
+def test_our_sampler_in_their_loader() -> None:
+    """It goes on where it was, in mid-epoch."""
+
+    def loader() -> Any:
+        return StatefulDataLoader(Numbers(SIZE), 3, sampler=ElasticDistributedSampler(range(SIZE), 2, 0))
+
+    theirs = loader()
+    iterator = iter(theirs)
+    numbers(itertools.islice(iterator, 2))
+    state = pickle.loads(pickle.dumps(theirs.state_dict()))
+    rest = numbers(iterator)
+    other = loader()
+    other.load_state_dict(state)
+    assert numbers(other) == rest
+
+
+class Counted(Sampler[int]):
+    """Gives the numbers in order, says how often it was asked for its state, and of how many bytes that is."""
+
+    def __init__(self, size: int, state_bytes: int) -> None:
+        self.size, self.place, self.asked, self.ballast = size, 0, 0, "x" * state_bytes
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Any:
+        while self.place < self.size:
+            self.place += 1
+            yield self.place - 1
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"place": self.place, "ballast": self.ballast}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+@pytest.mark.parametrize(("state_bytes", "most"), [(0, 103), (40_000, 13), (10_000_000, 3)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_state_is_seldom_asked_for(workers: int, state_bytes: int, most: int) -> None:
+    """A sampler that keeps its permutation in its state costs no more per batch; the state is as exact."""
+    own = Counted(400, state_bytes)
+    ours = RobustDataLoader(Numbers(400), 4, sampler=own, num_workers=workers)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 57))
+    state = ours.state_dict()
+    rest = numbers(iterator)
+    assert own.asked <= most
+    other = RobustDataLoader(Numbers(400), 4, sampler=Counted(400, state_bytes))
+    other.load_state_dict(state)
+    assert numbers(other) == rest
+    assert head + rest == list(range(400))
+
+
+# --- datasets
+
+
+class Written(IterableDataset):
+    """As torchdata's documentation has it: the dataset keeps its place, shared out among the workers."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        while first + self.place * step < SIZE:
+            self.place += 1
+            yield first + (self.place - 1) * step
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+class ReadOn:
+    """An iterator that keeps its own place."""
+
+    def __init__(self) -> None:
+        info = get_worker_info()
+        self.next, self.step = (info.id, info.num_workers) if info else (0, 1)
+
+    def __iter__(self) -> ReadOn:
+        return self
+
+    def __next__(self) -> int:
+        if self.next >= SIZE:
+            raise StopIteration
+        self.next += self.step
+        return self.next - self.step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+class Iterated(IterableDataset):
+    """As torchdata's documentation has it, too: what ``iter(dataset)`` returns keeps the place."""
+
+    def __iter__(self) -> Any:
+        return ReadOn()
+
+
+@THEIRS
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", [Written, Iterated])
+def test_datasets_of_torchdata(dataset: Any, workers: int) -> None:
+    """The same rest as in torchdata's own loader, and the next epoch is whole."""
+    rests = []
+    for kind in (StatefulDataLoader, RobustDataLoader):
+        first = kind(dataset(), 3, num_workers=workers)
+        iterator = iter(first)
+        numbers(itertools.islice(iterator, 3))
+        state = first.state_dict()
+        del iterator
+        second: Any = kind(dataset(), 3, num_workers=workers)
+        second.load_state_dict(state)
+        rests.append(numbers(second))
+    assert rests[0] == rests[1]
+    assert sorted(numbers(second)) == list(range(SIZE))
