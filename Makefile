@@ -43,9 +43,9 @@ bench-recovery: $(BENCH_STAMP)  ## measure what kills and bad samples cost (unde
 chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
 	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json
 
-soak: $(STAMP)  ## kill workers at random for half an hour, then convict nobody for ten minutes
+soak: $(STAMP)  ## kill workers at random for half an hour, then convict nobody for twenty minutes
 	$(PY) -m tests.soak --seconds 1800 --seed 7 -o benchmarks/results/soak.json
-	$(PY) -m tests.soak --convict --seconds 600 --seed 7 -o benchmarks/results/convict.json
+	$(PY) -m tests.soak --convict --seconds 1200 --seed 7 -o benchmarks/results/convict.json
 
 docs: $(STAMP)  ## check the links and build the site into build/site (a quarter of a minute)
 	$(PY) docs/check.py

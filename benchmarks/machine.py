@@ -16,8 +16,8 @@ __all__ = ["describe"]
 PACKAGES = ("robustloader", "torch", "numpy", "torchdata", "spdl-core", "pillow", "psutil")
 
 
-def describe() -> dict[str, Any]:
-    """Machine, versions and commit, as plain JSON."""
+def describe(*code: str) -> dict[str, Any]:
+    """Machine, versions and commit, as plain JSON; ``code``: git pathspecs of what was run besides the benchmarks."""
     return {
         "machine": {
             "cpu": _cpu_model(),
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
             "load_at_start": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "commit": _commit(),
+        "commit": _commit(code),
     }
 
 
@@ -46,15 +46,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> dict[str, Any]:
-    """The commit of the working tree, and whether the code that was measured differs from it."""
+def _commit(more: tuple[str, ...]) -> dict[str, Any]:
+    """The commit of the working tree, git's name for the content of ``robustloader/`` in it, which other commits may
+    share, and whether the code that was measured differs from it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        code = (":/robustloader", ":/benchmarks/*.py")
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *code))}
+        code = (":/robustloader", ":/benchmarks/*.py", *more)
+        return {
+            "hash": git("rev-parse", "HEAD"),
+            "package": git("rev-parse", "HEAD:robustloader"),
+            "dirty": bool(git("status", "--porcelain", "--", *code)),
+        }
     except (OSError, subprocess.CalledProcessError):
-        return {"hash": None, "dirty": None}
+        return {"hash": None, "package": None, "dirty": None}

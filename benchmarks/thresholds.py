@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["NOT_SLOWER", "THRESHOLDS", "Threshold", "Verdict", "judge"]
+__all__ = ["NOT_SLOWER", "RECOVERY", "THRESHOLDS", "Threshold", "Verdict", "judge"]
 
-Kind = Literal["ratio", "near limit", "not slower", "within", "at most"]
+Kind = Literal["ratio", "near limit", "not slower", "within", "at most", "soon"]
 
 NOT_SLOWER = 0.97
 """The lower bound of a ratio's interval that counts as not slower: below it lies what runs cannot tell from chance."""
@@ -24,6 +24,7 @@ class Threshold:
         not slower: the lower bound of the ratio's interval is at least ``value``.
         within: the whole interval lies within 1 ± ``value``.
         at most: ours is at most ``value`` times the other's (memory: less is better).
+        soon: the 95th percentile is at most ``value`` ms, and one task's load time on top (``p95_ms``, ``load_ms``).
     """
 
     measurement: str
@@ -61,6 +62,14 @@ THRESHOLDS = (
 )
 """Against torch each line names its own figure; of the peers, nothing may be faster."""
 
+RECOVERY = (
+    Threshold("kill to next batch, fork", "soon", 100.0, "a plain wait"),
+    Threshold("kill to next batch, fork, 1000 MB added", "soon", 100.0, "a plain wait"),
+    Threshold("1 % bad", "ratio", 0.95, "fault-free"),
+    Threshold("a kill every second", "ratio", 0.80, "fault-free"),
+)
+"""What failures may cost; the throughputs are those of the realistic load."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -81,20 +90,23 @@ class Verdict:
         return f"{word:13} {self.measurement:14} : {self.against:14} {self.wanted:38} {self.shown}"
 
 
-def judge(measurements: Mapping[str, Any]) -> Iterator[Verdict]:
+def judge(measurements: Mapping[str, Any], thresholds: Sequence[Threshold] = THRESHOLDS) -> Iterator[Verdict]:
     """A verdict for each threshold whose measurement was made."""
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         if threshold.measurement in measurements:
             yield _judge(threshold, measurements[threshold.measurement])
 
 
 def _judge(threshold: Threshold, measurement: Mapping[str, Any]) -> Verdict:
-    ratio = measurement["ratios"].get(threshold.against)
     wanted, value = _wanted(threshold), threshold.value
 
     def verdict(shown: str, passed: bool | None) -> Verdict:
         return Verdict(threshold.measurement, threshold.against, wanted, shown, passed)
 
+    if threshold.kind == "soon":
+        p95_ms, load_ms = measurement["p95_ms"], measurement["load_ms"]
+        return verdict(f"p95 {p95_ms:.1f} ms, load time {load_ms:.1f} ms", p95_ms <= value + load_ms)
+    ratio = measurement["ratios"].get(threshold.against)
     of_limit = measurement.get("of_limit")
     if threshold.kind == "near limit" and of_limit is not None and of_limit >= value:
         return verdict(f"{of_limit:.2f} of the limit", True)
@@ -123,4 +135,5 @@ def _wanted(threshold: Threshold) -> str:
         "not slower": f"interval's lower bound at least {value:g}",
         "within": f"interval within {value:.0%}",
         "at most": f"at most {value:g} × the memory",
+        "soon": f"p95 at most {value:g} ms and a task's load time",
     }[threshold.kind]

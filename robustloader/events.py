@@ -54,7 +54,7 @@ class FaultRecord:
         index: the sample's index, as the sampler yielded it; None for an iterable dataset.
         error_type: qualified name of the exception type; empty for a crash.
         message: ``str()`` of the exception, cut to 4,096 characters.
-        traceback: the traceback where it was raised, cut to 16,384 characters.
+        traceback: the traceback where it was raised, or of a hang the worker's Python stacks, cut to 16,384 characters.
         worker_id: the worker, or None for the training process.
         pid: process id of the one who saw it.
         epoch: counted from 0 for each loader.

@@ -1,11 +1,13 @@
 """Kill workers at random moments for as long as asked, over random configurations, and look for anything wrong.
 
 Question: does a run of days lose, double or reorder a sample, convict a healthy one, or leak?
-Method: cases are drawn from a seed: kind of dataset, start method, workers, prefetch, order, seeding, transport, sizes
-from bytes to megabytes, persistent workers over epochs, fixed pools and pools that shrink to nothing. A thread kills
-workers at seeded intervals. Each batch is checked whole, byte by byte; after each case, processes, descriptors, threads
-and ``/dev/shm`` are what they were; over all cases the trainer's own memory must not grow. With ``--convict``: two long
-runs, of 10 ms and of 200 ms a sample, with a kill a second; no sample may be blamed in the end.
+Method: cases are drawn from a seed: kind of dataset (streams are read again after a death, or have a state), start
+method, workers, prefetch, order, seeding, transport, sizes from bytes to megabytes, how long a batch loads, persistent
+workers over epochs, fixed pools and pools that shrink to nothing. A thread kills workers at seeded intervals. Each
+batch is checked whole, byte by byte; after each case, processes, descriptors, threads and ``/dev/shm`` are what they
+were; over all cases the trainer's own memory must not grow. With ``--convict``: four long runs, of 10 ms and of 200 ms
+a sample, map-style and of a stream, with a kill a second; no sample may be blamed in the end, and no share of a stream
+may end early.
 Trap: which instruction a kill hits is the machine's timing, so a seed repeats the cases and not the moments.
 Rerun: ``python -m tests.soak --seconds 1800 --seed 7 -o RESULT.json``; exit status 1 when anything was wrong.
 """
@@ -13,16 +15,19 @@ Rerun: ``python -m tests.soak --seconds 1800 --seed 7 -o RESULT.json``; exit sta
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
+import itertools
 import logging
 import random
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -40,7 +45,10 @@ from tests.support.results import write_json
 TRANSPORTS = tuple(name for name in get_args(Transport) if name != "auto")
 STUCK_S = 120.0
 KILLS_S = 5.0
-"""An epoch is spared from then on: one of large batches might else never end."""
+"""An epoch is spared from then on: a stream that is read again after each kill might else never end."""
+
+SAMPLES_A_KILL = 16
+"""At least so many samples are loaded between two kills: one that is hit six times in a row counts as poison."""
 
 GROWTH_BYTES = 64 << 20
 """How much more memory of its own the trainer may have late in the run than early on."""
@@ -59,6 +67,7 @@ class Case:
     seeding: str
     batch_size: int
     payload_bytes: int
+    load_s: float
     batches: int
     epochs: int
     persistent: bool
@@ -72,9 +81,10 @@ class Case:
         method = rng.choices(["fork", "forkserver", "spawn"], [0.9, 0.06, 0.04])[0]
         batch_size = rng.choice([1, 2, 4, 16])
         batch_bytes = rng.choice([8, 1 << 10, 1 << 15, 1 << 18, 1 << 21, 1 << 23])
-        kind = rng.choice(["map", "map", "iterable"])
+        kind = rng.choice(["map", "map", "iterable", "stateful"])
         slow_start, large = method != "fork", batch_bytes > 1 << 20
         kill_every_s = rng.choice([0.12, 0.25] if large else [0.03, 0.06, 0.12, 0.25])
+        load_s = min(rng.choice([0.0, 0.002, 0.01]) / batch_size, kill_every_s / SAMPLES_A_KILL)
         return cls(
             kind=kind,
             method=method,
@@ -85,7 +95,8 @@ class Case:
             seeding=rng.choice(["worker", "batch"]),
             batch_size=batch_size,
             payload_bytes=max(8, batch_bytes // batch_size),
-            batches=rng.randint(20, 60) if slow_start or large else rng.randint(60, 400),
+            load_s=load_s,
+            batches=rng.randint(20, 60) if slow_start or large or kind == "iterable" else rng.randint(60, 400),
             epochs=rng.choice([1, 1, 2, 3]),
             persistent=rng.random() < 0.5,
             shrinks=rng.random() < 0.15,
@@ -124,16 +135,52 @@ class Samples(Dataset[torch.Tensor]):
 
 
 class Stream(IterableDataset[torch.Tensor]):
-    """Iterable, shared out among the workers by stride."""
+    """Iterable, shared out among the workers by stride; each sample takes ``seconds``."""
 
-    def __init__(self, size: int, nbytes: int) -> None:
-        self.size, self.nbytes = size, nbytes
+    def __init__(self, size: int, nbytes: int, seconds: float = 0.0) -> None:
+        self.size, self.nbytes, self.seconds = size, nbytes, seconds
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         info = get_worker_info()
         first, step = (info.id, info.num_workers) if info is not None else (0, 1)
         for index in range(first, self.size, step):
+            if self.seconds:
+                time.sleep(self.seconds)
             yield payload_of(index, self.nbytes)
+
+
+class Stateful(Stream):
+    """The same, with an iterator that can tell where it stands and be put there."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info is not None else (0, 1)
+        return _Walk(self, first, step)
+
+
+class _Walk:
+    def __init__(self, stream: Stream, first: int, step: int) -> None:
+        self.stream, self.index, self.step = stream, first, step
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.index >= self.stream.size:
+            raise StopIteration
+        if self.stream.seconds:
+            time.sleep(self.stream.seconds)
+        self.index += self.step
+        return payload_of(self.index - self.step, self.stream.nbytes)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.index = state["index"]
+
+
+KINDS = {"map": Samples, "iterable": Stream, "stateful": Stateful}
 
 
 class Witness:
@@ -192,11 +239,23 @@ def check_epoch(case: Case, delivered: list[list[int]], numbers: list[int]) -> N
             assert mine == sorted(mine), f"share {share} came out of order"
 
 
+@contextlib.contextmanager
+def later(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call something after so long, from another thread, unless the block has ended by then."""
+    timer = threading.Timer(seconds, call)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
 def run_case(case: Case, totals: Totals) -> None:
     """One loader, some epochs of it, and kills all the time."""
     size = case.batches * case.batch_size
     witness = Witness()
-    dataset: Any = (Samples if case.kind == "map" else Stream)(size, case.payload_bytes)
+    dataset: Any = KINDS[case.kind](size, case.payload_bytes, case.load_s)
     loader: Any = RobustDataLoader(
         dataset,
         batch_size=case.batch_size,
@@ -218,11 +277,11 @@ def run_case(case: Case, totals: Totals) -> None:
             faulthandler.dump_traceback_later(STUCK_S, exit=True)
             iterator = iter(loader)
             delivered, numbers = [], []
-            with WorkerKiller(iterator, seed=case.seed + epoch, every_s=case.kill_every_s) as killer:
-                peace = time.monotonic() + KILLS_S
+            with (
+                WorkerKiller(iterator, seed=case.seed + epoch, every_s=case.kill_every_s) as killer,
+                later(KILLS_S, killer.stop),
+            ):
                 for batch in iterator:
-                    if time.monotonic() > peace:
-                        killer.stop()
                     delivered.append(check_batch(batch, case.payload_bytes))
                     numbers.append(iterator.batch_info.index)
             totals.counts["kills"] += killer.kills
@@ -274,12 +333,12 @@ def growth_bytes(readings: list[int]) -> int:
 
 
 def convict(seconds: float, seed: int, totals: Totals) -> None:
-    """A kill a second for ``seconds``, half of them on short samples, half on long ones."""
-    for load_s in (0.010, 0.200):
-        name = f"{1000 * load_s:.0f} ms a sample"
+    """A kill a second for ``seconds``, in four equal parts."""
+    for kind, load_s in itertools.product(("map", "stateful"), (0.010, 0.200)):
+        name = f"{kind}, {1000 * load_s:.0f} ms a sample"
         witness = Witness()
         loader: Any = RobustDataLoader(
-            Samples(10_000_000, 64, load_s),
+            KINDS[kind](10_000_000, 64, load_s),
             batch_size=4,
             num_workers=2,
             recovery=RecoveryPolicy(max_restarts=1_000_000),
@@ -287,15 +346,18 @@ def convict(seconds: float, seed: int, totals: Totals) -> None:
             telemetry=TelemetryPolicy(sinks=(witness,), log_epochs=False),
         )
         iterator: Any = iter(loader)
-        deadline = time.monotonic() + seconds / 2
-        wanted = 0
+        deadline = time.monotonic() + seconds / 4
+        delivered = 0
+        wanted = {0: 0} if kind == "map" else {0: 0, 1: 1}
         try:
             with WorkerKiller(iterator, seed=seed, every_s=1.0) as killer:
                 while time.monotonic() < deadline:
                     faulthandler.dump_traceback_later(STUCK_S, exit=True)
                     for index in check_batch(next(iterator), 64):
-                        assert index == wanted, f"sample {index} came instead of {wanted}"
-                        wanted += 1
+                        share = index % len(wanted)
+                        assert index == wanted[share], f"sample {index} came instead of {wanted[share]}"
+                        wanted[share] += len(wanted)
+                        delivered += 1
         except Exception as error:
             totals.problem(name, f"{type(error).__name__}: {error}")
         finally:
@@ -303,20 +365,20 @@ def convict(seconds: float, seed: int, totals: Totals) -> None:
             iterator._shutdown_workers()
         totals.counts["kills"] += killer.kills
         totals.counts["deaths"] += witness.crashes
-        totals.counts["samples"] += wanted
+        totals.counts["samples"] += delivered
         totals.counts[f"kills: {name}"] += killer.kills
-        totals.counts[f"samples: {name}"] += wanted
+        totals.counts[f"samples: {name}"] += delivered
         totals.phases.update(witness.phases)
-        if len(loader.fault_log):
+        if len(loader.fault_log) or witness.ended_shards:
             totals.problem(name, f"healthy samples were blamed: {list(loader.fault_log)}")
 
 
-def result_of(options: argparse.Namespace, totals: Totals, wall_s: float) -> dict[str, Any]:
-    """Everything, for a file."""
+def result_of(options: argparse.Namespace, setting: dict[str, Any], totals: Totals, wall_s: float) -> dict[str, Any]:
+    """Everything, for a file; ``setting`` is where and with what it ran, as it was at the start."""
     readings = totals.own_bytes
     return {
         "what": "convict" if options.convict else "soak",
-        **describe(),
+        **setting,
         "seconds": round(wall_s, 1),
         "seed": options.seed,
         "counts": dict(sorted(totals.counts.items())),
@@ -335,13 +397,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--convict", action="store_true", help="long runs of slow samples, a kill a second")
     parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
     options = parser.parse_args(argv)
-    totals = Totals()
+    setting, totals = describe(":/tests"), Totals()
     logging.getLogger("robustloader").setLevel(logging.ERROR)  # every pool that shrinks, as it must
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         (convict if options.convict else soak)(options.seconds, options.seed, totals)
-    result = result_of(options, totals, time.monotonic() - began)
+    result = result_of(options, setting, totals, time.monotonic() - began)
     for name, count in result["counts"].items():
         print(f"{name:40} {count:>12,}")
     print(f"{'problems':40} {len(totals.failures):>12,}")

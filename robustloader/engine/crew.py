@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from robustloader.decisions.blame import Cause
+from robustloader.decisions.blame import Cause, ShardBlame
 from robustloader.decisions.budgets import BATCHES_PER_CREDIT, RestartBudget
 from robustloader.decisions.keys import Key
 from robustloader.decisions.ledger import Task
@@ -68,11 +68,10 @@ class Slot:
             (the pool goes on without it), or "" for none of it; ``held_bytes`` and ``leaving_reason`` tell more.
         recycled: the next process follows one that was replaced, not one that died.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
-        ended, batches, calls, deaths, kills, rng, snapshot, orders: iterable only. Whether this shard has ended, how
-            many of its batches have arrived, how often its stream was read for them, how many processes have died at
-            that point by themselves and how many were killed from outside, the random states it began the epoch with
-            (None: those of its seed), where its stream stands if it can tell (for a successor), and tasks to be sent
-            once there is a process.
+        ended, batches, calls, blame, rng, snapshot, orders: iterable only. Whether this shard has ended, how many of
+            its batches have arrived, how often its stream was read for them, what its processes have died of since, the
+            random states it began the epoch with (None: those of its seed), where its stream stands if it can tell (for
+            a successor), and tasks to be sent once there is a process.
     """
 
     worker_id: int
@@ -91,8 +90,7 @@ class Slot:
     ended: bool = False
     batches: int = 0
     calls: int = 0
-    deaths: int = 0
-    kills: int = 0
+    blame: ShardBlame = field(default_factory=ShardBlame)
     rng: Any = None
     snapshot: bytes | None = None
     orders: deque[Task] = field(default_factory=deque)
@@ -432,7 +430,8 @@ class Crew:
             worker.kill("start")
 
     def _kill_hung(self, worker: Worker, index: Any) -> None:
-        stack = worker.take_stacks()
+        worker.stack = worker.take_stacks()
+        worker.silent_s = max(worker.silent_s, worker.task_s)
         reading = worker.beacon.read()
         worker.kill("hang")
         self.emit(
@@ -443,8 +442,8 @@ class Crew:
                 pid=worker.pid,
                 phase=reading.phase,
                 index=index,
-                silent_s=max(worker.silent_s, worker.task_s),
-                stack=stack,
+                silent_s=worker.silent_s,
+                stack=worker.stack,
             )
         )
 

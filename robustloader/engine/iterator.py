@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from robustloader.decisions.blame import ShardBlame
 from robustloader.decisions.keys import index_key, once_only
 from robustloader.decisions.ledger import Task
 from robustloader.decisions.limits import plan_recycle
@@ -305,7 +306,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._open_books()
             self._recovery.orphans.clear()
             for slot in self._crew.slots:
-                slot.ended, slot.batches, slot.calls, slot.deaths, slot.kills, slot.rng = False, 0, 0, 0, 0, None
+                slot.ended, slot.batches, slot.calls, slot.blame, slot.rng = False, 0, 0, ShardBlame(), None
                 slot.snapshot = None
                 slot.orders.clear()
                 slot.trials.clear()
@@ -683,7 +684,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         task = self._books.ledger.accept(message.task, worker.worker_id, worker.incarnation)
         if task is not None:
             if message.calls > slot.calls:
-                slot.calls, slot.deaths, slot.kills = message.calls, 0, 0
+                slot.calls, slot.blame = message.calls, ShardBlame()
             self._settle(task, slot, worker, frame)
 
     def _settle(self, task: Task, slot: Slot, worker: Worker, frame: Frame) -> None:

@@ -46,6 +46,7 @@ class Worker:
         arena_lost: why its arena could not be had here, or "".
         run: the iterator's epoch it was started in.
         silent_s, task_s: how long it has been in one phase, and with one task, while the trainer waited, in seconds.
+        stack: its Python stacks as text, once it was found to hang.
     """
 
     def __init__(self, worker_id: int, incarnation: int) -> None:
@@ -71,6 +72,7 @@ class Worker:
         self.run = 0
         self.gone_ns = 0
         self.silent_s = 0.0
+        self.stack = ""
         self.silent_since: tuple[int, int | None] = (0, None)
         self.task = (-1, -1, -1)
         self.task_s = 0.0

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from robustloader.decisions.blame import OUTSIDE_TRIALS, Cause, Judgement
+from robustloader.decisions.blame import Cause, Judgement, Point
 from robustloader.decisions.keys import Key, index_key
 from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
 from robustloader.engine.crew import Crew, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
 from robustloader.errors import ResourceError, WorkerError, WorkerHangError, WorkerStartError
-from robustloader.events import FaultKind, FaultRecord, WorkerCrashed
+from robustloader.events import FaultAction, FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
+from robustloader.transport.messages import TRACEBACK_CHARS
+from robustloader.worker.beacon import Reading
 
 __all__ = ["Recovery"]
 
@@ -90,13 +92,15 @@ class Recovery:
             self._restart_or_shrink(slot, cause, key)
             return
         if judgement.action == "convict" and key is not None:
-            self._convict(key, index, task, judgement, event)
+            self._convict(key, index, task, judgement, event, worker)
+        elif judgement.action == "exclude" and position is not None:
+            self._exclude(task, position, judgement, event)
         elif judgement.action == "condemn":
             self._condemn(task, judgement, event)
         elif judgement.action == "careful":
             task.careful = True
         self._requeue(waiting + lost)
-        if judgement.action in ("convict", "condemn"):
+        if judgement.action in ("convict", "exclude", "condemn"):
             crew.spend(cause, key)
             crew.forgive(key, judgement.refund)
             crew.schedule(slot)
@@ -110,14 +114,11 @@ class Recovery:
         for order in reversed(lost):
             order.worker_id = slot.worker_id  # only this shard can do it
             slot.orders.appendleft(order)
-        outside = cause in ("killed", "unknown", "memory")
-        if died.reading.phase not in ("idle", "init") and died.reading.task >= 0:
-            slot.kills += outside
-            slot.deaths += not outside
-        if slot.deaths <= self.policy.poison_after and slot.kills < self.policy.poison_after + OUTSIDE_TRIALS:
+        point = _point_of(died.reading, self.books.run)
+        deaths = slot.blame.died(point, cause, poison_after=self.policy.poison_after) if point is not None else 0
+        if not deaths:
             self._restart_or_shrink(slot, cause, None)
             return
-        deaths = slot.deaths + slot.kills
         reason = f"{deaths} of its processes died at the same point of the stream ({cause})"
         task = lost[0] if lost else Task(-1, None, [])
         self._record("poison", None, reason, task, deaths, event, "skipped")
@@ -134,14 +135,16 @@ class Recovery:
             return blame.task_died(task.id, cause, careful=task.careful)
         if key in self.books.desk.known_bad:
             return Judgement("convict", refund=1, deaths=1)
-        return blame.sample_died(key, cause, on_trial=on_trial)
+        return blame.sample_died(key, cause, on_trial=on_trial, task=task.id)
 
     def _requeue(self, tasks: list[Task]) -> None:
         for task in tasks:
             if not task.arrived:
                 self.books.requeue(task)
 
-    def _convict(self, key: Key, index: Any, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
+    def _convict(
+        self, key: Key, index: Any, task: Task, judgement: Judgement, event: WorkerCrashed, worker: Worker
+    ) -> None:
         """It is proved that this sample kills workers: it is never loaded again, nowhere."""
         books, desk = self.books, self.books.desk
         if key in desk.known_bad:
@@ -151,15 +154,34 @@ class Recovery:
         raises = desk.policy.action == "raise"
         desk.quarantine.add(index, "poison")
         kind: FaultKind = "hang" if event.cause == "hang" else "poison"
-        self._record(kind, index, message, task, judgement.deaths, event, "raised" if raises else "quarantined")
+        action: FaultAction = "raised" if raises else "quarantined"
+        self._record(kind, index, message, task, judgement.deaths, event, action, worker.stack)
         if not raises:
             return
         error: WorkerError = self.crew.crash_error(event)
         if event.cause == "hang":
-            error = WorkerHangError(message, worker_id=event.worker_id, pid=event.pid, index=index)
+            error = WorkerHangError(
+                message,
+                worker_id=event.worker_id,
+                pid=event.pid,
+                index=index,
+                silent_s=worker.silent_s,
+                stack=worker.stack,
+            )
         for other in books.ledger:
             if not other.arrived and key in map(index_key, other.samples):
                 books.fail(other, error)
+
+    def _exclude(self, task: Task, position: int, judgement: Judgement, event: WorkerCrashed) -> None:
+        """A sample kills in the company of others of its task, though not alone: this task does without it."""
+        if self.books.desk.policy.action == "raise":
+            self.books.fail(task, self.crew.crash_error(event))
+            return
+        task.avoid = tuple(sorted({*task.avoid, position}))
+        index = task.samples[position]
+        message = f"it killed its worker {judgement.deaths} times in batch {task.id}, where others had survived alone"
+        action: FaultAction = "skipped" if self.books.desk.policy.action == "skip" else "replaced"
+        self._record("crash", index, message, task, judgement.deaths, event, action)
 
     def _condemn(self, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
         """No sample of the task kills alone, but the task does: all its samples are replaced."""
@@ -172,12 +194,21 @@ class Recovery:
         self._record("poison", None, message, task, judgement.deaths, event, "replaced")
 
     def _record(
-        self, kind: FaultKind, index: Any, message: str, task: Task, deaths: int, event: WorkerCrashed, action: Any
+        self,
+        kind: FaultKind,
+        index: Any,
+        message: str,
+        task: Task,
+        deaths: int,
+        event: WorkerCrashed,
+        action: FaultAction,
+        stack: str = "",
     ) -> None:
         record = FaultRecord(
             kind=kind,
             index=index,
             message=message,
+            traceback=stack[:TRACEBACK_CHARS],
             worker_id=event.worker_id,
             pid=event.pid,
             epoch=self.books.epoch,
@@ -200,7 +231,7 @@ class Recovery:
         """A suspect did not kill its worker when it was alone in it."""
         case, slot.trial = slot.trial, None
         if case is not None:
-            self.books.blame.acquit(case.key)
+            self.books.blame.trial_passed(case.key, case.task.id)
             self._requeue(case.waiting)
         self.check_suspects()
 
@@ -224,18 +255,8 @@ class Recovery:
             for case in cases:
                 deaths = self.books.blame.deaths_of(case.key)
                 message = f"it was in hand when {deaths} workers died, and no process could be had to try it alone"
-                action = self.books.desk.policy.action
-                record = FaultRecord(
-                    kind="crash",
-                    index=case.index,
-                    message=message,
-                    epoch=self.books.epoch,
-                    task=case.task.id,
-                    attempts=deaths,
-                    action="skipped" if action == "skip" else "replaced",
-                )
                 self.books.desk.quarantine.add(case.index, "crash")
-                self._enter(record)
+                self._enter(self._left_out(case.index, message, case.task, deaths))
                 self._requeue(case.waiting)
         for task in self.books.ledger:
             if not task.arrived and self.books.suspected(task):
@@ -254,21 +275,22 @@ class Recovery:
             blame.arrived(task.id, map(index_key, task.samples))
             return
         task.avoid = tuple(sorted({*task.avoid, *(suspects or range(len(task.samples)))}))
-        action = self.books.desk.policy.action
         message = "workers died while it was in hand, and no process could be had to try it again"
         for index in [task.samples[place] for place in sorted(suspects)] or [None]:
-            self._enter(
-                FaultRecord(
-                    kind="crash",
-                    index=index,
-                    message=message,
-                    epoch=self.books.epoch,
-                    task=task.id,
-                    attempts=task.attempt,
-                    action="skipped" if action == "skip" else "replaced",
-                )
-            )
+            self._enter(self._left_out(index, message, task, task.attempt))
         blame.arrived(task.id, map(index_key, task.samples))
+
+    def _left_out(self, index: Any, message: str, task: Task, deaths: int) -> FaultRecord:
+        """What is recorded of a sample (or, without index, of a task) that is done without, unproved."""
+        return FaultRecord(
+            kind="crash",
+            index=index,
+            message=message,
+            epoch=self.books.epoch,
+            task=task.id,
+            attempts=deaths,
+            action="skipped" if self.books.desk.policy.action == "skip" else "replaced",
+        )
 
     # --- restarts, and fewer workers
 
@@ -394,3 +416,10 @@ class Recovery:
             self.crew.schedule(slot)
             return slot
         return None
+
+
+def _point_of(reading: Reading, run: int) -> Point | None:
+    """Which moment of loading a batch of this run a process died at; None where it was at none."""
+    if reading.phase in ("idle", "init") or reading.run != run or reading.task < 0:  # reading it again is no task
+        return None
+    return reading.task, reading.phase, reading.position

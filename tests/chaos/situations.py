@@ -1,8 +1,9 @@
 """The situations that a loader must survive, as one table: what happens, in which modes, and what must hold then.
 
 A row is a function of a mode and an empty folder. It makes the situation happen, waiting for events and never for
-time, and asserts what must hold exactly. ``test_situations.py`` runs a selection in which every two values of two
-columns meet, ``full.py`` the whole product, again and again.
+time, and asserts what must hold exactly. Several rows may run in one process, one after the other.
+``test_situations.py`` runs a selection in which every two values of two columns meet, ``full.py`` the whole product,
+again and again.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from robustloader import (
     FaultPolicy,
@@ -36,18 +38,17 @@ from robustloader import (
 )
 from robustloader.policies import Transport
 from robustloader.testing import Crash, ExhaustMemory, Exit, Hang, InjectedDataset, InjectedStream, Injector, Slow
-from tests.chaos.test_fallback import KillEveryWorker
 from tests.chaos.test_leaving import (
     test_a_killed_trainer_takes_everything_along,
     test_ctrl_c,
     test_sigterm_to_everybody,
 )
 from tests.chaos.test_user_code import user_code
-from tests.faults.test_hostile import Control
-from tests.support.datasets import Big, Made, Numbers, Raising, Stream
-from tests.support.hostile import CONTROL, HOSTILE, Unpicklable, samples_of
+from tests.support.datasets import Big, BigStream, KillEveryWorker, Made, MadeStream, Numbers, Raising, Stream
+from tests.support.hostile import CONTROL, HOSTILE, Control, Hostile, Unpicklable, samples_of
 from tests.support.listener import Listener, flat
 from tests.support.peek import await_idle, pids
+from tests.support.transports import using_transport
 from tests.support.watch import kill
 
 METHODS = ("fork", "forkserver", "spawn")
@@ -55,6 +56,8 @@ TRANSPORTS = tuple(name for name in get_args(Transport) if name != "auto")
 KINDS = ("map", "iterable")
 
 QUICK = RecoveryPolicy(backoff_s=0, max_restarts=100)
+HANG_S = 3.0
+"""Long enough that a worker for which a busy machine has no time is not taken for a stuck one."""
 SIZE, BATCH_SIZE = 32, 4
 
 
@@ -72,11 +75,16 @@ class Mode:
         flags = [name for name in ("persistent", "child") if getattr(self, name)]
         return "-".join([self.method, self.transport, self.kind, *flags])
 
+    @property
+    def workers(self) -> int:
+        """As many as a row needs that asks for no number: a spawned one takes seconds of a processor to start."""
+        return 1 if self.method == "spawn" else 2
+
     def loader(self, dataset: Any, listener: Listener | None = None, **kwargs: Any) -> Any:
         """A loader used in this way."""
         options = {
             "batch_size": BATCH_SIZE,
-            "num_workers": 2,
+            "num_workers": self.workers,
             "recovery": QUICK,
             "multiprocessing_context": self.method,
             "transport": self.transport,
@@ -100,8 +108,8 @@ class Mode:
             assert samples == list(range(size))
             return
         assert sorted(samples) == list(range(size))
-        for share in (samples[0] % 2, 1 - samples[0] % 2):
-            mine = [sample for sample in samples if sample % 2 == share]
+        for share in range(self.workers):
+            mine = [sample for sample in samples if sample % self.workers == share]
             assert mine == sorted(mine)
 
 
@@ -144,39 +152,34 @@ def map_style(mode: Mode) -> bool:
 
 
 def own_process(mode: Mode) -> bool:
-    """The trainer is a program of its own: how the loader is used is the program's choice but for the start method."""
-    return map_style(mode) and not mode.persistent and not mode.child and mode.transport == TRANSPORTS[0]
+    """The trainer is a program of its own: how the loader is used is the program's choice but for the start method and
+    the transport."""
+    return map_style(mode) and not mode.persistent and not mode.child
 
 
 # --- 1 to 3: deaths at any moment -------------------------------------------------------------------------------------
 
 
-class BigStream(IterableDataset[torch.Tensor]):
-    """Large samples, shared out among the workers."""
-
-    def __init__(self, size: int, nbytes: int) -> None:
-        self.size, self.nbytes = size, nbytes
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        info = get_worker_info()
-        assert info is not None
-        for index in range(info.id, self.size, info.num_workers):
-            yield torch.full((self.nbytes,), index, dtype=torch.uint8)
+KILLS_WHILE_ASLEEP = {"fork": 10, "forkserver": 10, "spawn": 2}
+"""How many times a row kills: with twenty rounds of each row, 200 times where a start is cheap."""
 
 
 def kill_while_asleep(mode: Mode, nbytes: int) -> None:
-    """Both workers have sent, or are sending, what they could while the trainer slept; each dies there once."""
-    size = 8
+    """A worker has sent, or is sending, all it could while the trainer slept, and dies there; so do its successors."""
+    kills = KILLS_WHILE_ASLEEP[mode.method]
+    size = 2 * kills + 4  # a kill costs no more than two batches: one that lay ready, and one from who comes next
     dataset = (Big if mode.kind == "map" else BigStream)(size, nbytes)
-    iterator = iter(mode.loader(dataset, batch_size=1, prefetch_factor=1))
-    batches = []
-    for worker in range(2):
-        await_idle(iterator, worker, done=1)
-    for pid in pids(iterator):
-        kill(pid, signal.SIGKILL)
-    for batch in iterator:
-        batches.append(batch)
-    mode.check_exact([int(batch[0, 0]) for batch in batches], size)
+    iterator = iter(mode.loader(dataset, batch_size=1, prefetch_factor=1, num_workers=1))
+    batches: list[torch.Tensor] = []
+    killed: set[int] = set()
+    while len(killed) < kills:
+        for pid in set(pids(iterator)) - killed:
+            await_idle(iterator, 0, done=1)
+            kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        batches.append(next(iterator))
+    batches += iterator
+    assert [int(batch[0, 0]) for batch in batches] == list(range(size))
     assert all(torch.equal(batch, torch.full((1, nbytes), int(batch[0, 0]), dtype=torch.uint8)) for batch in batches)
     iterator._shutdown_workers()
 
@@ -204,10 +207,12 @@ def deaths_during_user_code(mode: Mode, folder: Path) -> None:
         for pid in pids(iterator):
             kill(pid, signal.SIGKILL)
         user_code()
-        assert flat(DataLoader(Numbers(8), batch_size=2, num_workers=1)) == list(range(8))
+        stock = DataLoader(Numbers(8), batch_size=2, num_workers=1, multiprocessing_context="fork")
+        assert flat(stock) == list(range(8))
         delivered += list(iterator)
     finally:
         signal.signal(signal.SIGCHLD, before)
+        signal_handling._SIGCHLD_handler_set = False  # the next stock loader of this process shall set its own again
     assert calls
     mode.check_exact(flat(delivered))
     iterator._shutdown_workers()
@@ -233,7 +238,8 @@ def finished_batches_and_then_a_death(mode: Mode, folder: Path) -> None:
 
 def check_poison(mode: Mode, misbehaviour: Any) -> None:
     listener, injector = Listener(), Injector({13: misbehaviour})
-    loader = mode.loader(mode.injected(injector), listener)
+    recovery = replace(QUICK, poison_after=1) if mode.method == "spawn" else QUICK
+    loader = mode.loader(mode.injected(injector), listener, recovery=recovery)
     iterator = iter(loader)
     samples = flat(iterator)
     iterator._shutdown_workers()
@@ -249,8 +255,9 @@ def check_poison(mode: Mode, misbehaviour: Any) -> None:
     (ended,) = listener.of(ShardEnded)
     lost = set(range(SIZE)) - set(samples)
     assert len(samples) == len(set(samples))
-    assert ended.worker_id == 1
-    assert 13 in lost and all(sample % 2 == 1 and sample >= 9 for sample in lost), lost
+    share, first = 13 % mode.workers, 13 - BATCH_SIZE * mode.workers
+    assert ended.worker_id == share
+    assert 13 in lost and all(sample % mode.workers == share and sample > first for sample in lost), lost
 
 
 @situation(4)
@@ -275,18 +282,6 @@ def a_sample_that_exits(mode: Mode, folder: Path) -> None:
 def a_sample_that_takes_all_memory(mode: Mode, folder: Path) -> None:
     """The same."""
     check_poison(mode, ExhaustMemory(up_to_bytes=32 << 20))
-
-
-class MadeStream(Stream):
-    """Some numbers are what ``makers[number]`` makes."""
-
-    def __init__(self, size: int, makers: dict[int, Callable[[Any], Any]]) -> None:
-        super().__init__(size)
-        self.makers = makers
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in super().__iter__():
-            yield self.makers[number](number) if number in self.makers else number
 
 
 @situation(5)
@@ -322,16 +317,6 @@ def check_faults(mode: Mode, errors: dict[int, Callable[[Any], BaseException]]) 
     assert not listener.of(WorkerCrashed)
 
 
-class Hostile:
-    """Makes one of the hostile exceptions."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, index: Any) -> BaseException:
-        return HOSTILE[self.name](index)
-
-
 def every_third(makers: list[Callable[[Any], BaseException]]) -> dict[int, Callable[[Any], BaseException]]:
     return {3 * number + 1: make for number, make in enumerate(makers)}
 
@@ -358,8 +343,8 @@ def exceptions_that_mean_the_end(mode: Mode, folder: Path) -> None:
 def stuck_against_slow(mode: Mode, folder: Path) -> None:
     """Of one blocked in C and one that takes half of the deadline, only the first is killed, with its stack."""
     listener = Listener()
-    injector = Injector({9: Hang(in_c=True, times=1), 4: Slow(seconds=0.5, times=1)})
-    recovery = RecoveryPolicy(hang_after_s=1.0, backoff_s=0)
+    injector = Injector({9: Hang(in_c=True, times=1), 4: Slow(seconds=HANG_S / 2, times=1)})
+    recovery = RecoveryPolicy(hang_after_s=HANG_S, backoff_s=0)
     iterator = iter(mode.loader(mode.injected(injector), listener, recovery=recovery))
     samples = flat(iterator)
     iterator._shutdown_workers()
@@ -375,7 +360,7 @@ def restarts_that_die_at_once(mode: Mode, folder: Path) -> None:
     """Fewer and fewer workers, a bounded number of processes, and the history in the error."""
     recovery = RecoveryPolicy(max_restarts=1, backoff_s=0.01, in_process=False)
     listener = Listener()
-    loader = mode.loader(mode.numbers(), listener, recovery=recovery, worker_init_fn=KillEveryWorker())
+    loader = mode.loader(mode.numbers(), listener, recovery=recovery, worker_init_fn=KillEveryWorker(), num_workers=2)
     try:
         for _ in loader:
             raise AssertionError("nobody could have loaded this")
@@ -398,7 +383,7 @@ def nobody_left_but_the_training_process(mode: Mode, folder: Path) -> None:
         recovery=RecoveryPolicy(max_restarts=0, backoff_s=0),
         timeout=60,
         prefetch_factor=3,
-        worker_init_fn=Nothing(),
+        worker_init_fn=do_nothing,
         generator=torch.Generator().manual_seed(3),
     )
     iterator = iter(loader)
@@ -413,11 +398,8 @@ def nobody_left_but_the_training_process(mode: Mode, folder: Path) -> None:
     assert not loader.fault_log
 
 
-class Nothing:
-    """A ``worker_init_fn`` that does nothing."""
-
-    def __call__(self, worker_id: int) -> None:
-        pass
+def do_nothing(worker_id: int) -> None:
+    """A ``worker_init_fn``."""
 
 
 # --- 11 to 13: signals, the end, and a parent with threads ------------------------------------------------------------
@@ -426,19 +408,22 @@ class Nothing:
 @situation(11, own_process)
 def sigterm_to_the_whole_group(mode: Mode, folder: Path) -> None:
     """Twenty more batches, saved, and everybody gone."""
-    test_sigterm_to_everybody(mode.method)
+    with using_transport(mode.transport):
+        test_sigterm_to_everybody(mode.method)
 
 
 @situation(11, own_process)
 def ctrl_c(mode: Mode, folder: Path) -> None:
     """One traceback, and everybody gone."""
-    test_ctrl_c(mode.method)
+    with using_transport(mode.transport):
+        test_ctrl_c(mode.method)
 
 
 @situation(12, own_process)
 def the_trainer_is_killed(mode: Mode, folder: Path) -> None:
     """With a worker stuck in C that owns a child, and one in the middle of a frame: all gone."""
-    test_a_killed_trainer_takes_everything_along(mode.method, folder)
+    with using_transport(mode.transport):
+        test_a_killed_trainer_takes_everything_along(mode.method, folder)
 
 
 @situation(12, lambda mode: mode.method == "fork")
@@ -499,28 +484,39 @@ PRODUCT = tuple((row, mode) for row in SITUATIONS for mode in MODES if row.appli
 
 
 def run(row: Situation, mode: Mode, folder: Path) -> None:
-    """Run a row here, or with ``mode.child`` in a ``multiprocessing`` child of this process."""
+    """Run a row in this process, or with ``mode.child`` in a ``multiprocessing`` child of it."""
+    if not mode.child:
+        run_here(row, mode, folder)
+        return
+    told = folder / "failure"
+    process = child_context(mode.method).Process(target=_in_a_child, args=(row.name, mode, folder, told))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, told.read_text() if told.exists() else f"exit code {process.exitcode}"
+
+
+def run_here(row: Situation, mode: Mode, folder: Path) -> None:
+    """Run a row in this process, whatever it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RobustLoaderWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create")
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        if not mode.child:
-            row.run(mode, folder)
-            return
-        told = folder / "failure"
-        # A forked child would inherit this process's fork server and resource tracker, of which it is not the parent:
-        # multiprocessing starts no worker there, with any loader.
-        method = "fork" if mode.method == "fork" else "spawn"
-        process = mp.get_context(method).Process(target=_in_a_child, args=(row.name, mode, folder, told))
-        process.start()
-        process.join()
-        assert process.exitcode == 0, told.read_text() if told.exists() else f"exit code {process.exitcode}"
+        row.run(mode, folder)
+
+
+def child_context(method: str) -> Any:
+    """How to start a trainer that is a ``multiprocessing`` child and itself starts workers by ``method``.
+
+    A forked child would inherit its parent's fork server and resource tracker, of which it is not the parent:
+    multiprocessing starts no worker there, with any loader.
+    """
+    return mp.get_context("fork" if method == "fork" else "spawn")
 
 
 def _in_a_child(name: str, mode: Mode, folder: Path, told: Path) -> None:
     signal.alarm(0)
     try:
-        next(row for row in SITUATIONS if row.name == name).run(mode, folder)
+        run_here(next(row for row in SITUATIONS if row.name == name), mode, folder)
     except BaseException:
         told.write_text(traceback.format_exc())
         raise SystemExit(1) from None

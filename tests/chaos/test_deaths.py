@@ -35,7 +35,7 @@ from tests.support.datasets import (
     Made,
     Numbers,
 )
-from tests.support.listener import Listener, flat
+from tests.support.listener import BrokenSink, Listener, flat
 from tests.support.peek import await_bytes, await_idle, pids
 from tests.support.watch import Mailbox, await_gone, kill, post, processes
 
@@ -175,17 +175,33 @@ def test_a_death_in_the_middle_of_a_frame_under_other_start_methods(method: str)
     assert [int(batch[0, 0]) for batch in iterator] == [0, 1, 2, 3]
 
 
-def test_a_finished_batch_and_then_a_death() -> None:
+class Telling(Numbers):
+    """Tells a mailbox that sample ``at`` is about to be loaded."""
+
+    def __init__(self, size: int, mailbox: str, *, at: int) -> None:
+        super().__init__(size)
+        self.mailbox = mailbox
+        self.at = at
+
+    def load(self, index: int) -> Any:
+        if index == self.at:
+            post(self.mailbox, index)
+        return index
+
+
+def test_a_finished_batch_and_then_a_death(tmp_path: Path) -> None:
     """What had arrived in full is not loaded again; what had not is, once."""
-    loader = RobustDataLoader(Numbers(16), batch_size=4, num_workers=1, prefetch_factor=2)
-    iterator = iter(loader)
-    await_idle(iterator, 0, done=2)
-    kill(pids(iterator)[0], signal.SIGKILL)
-    attempts = []
-    for number, batch in enumerate(iterator):
-        assert batch.tolist() == list(range(4 * number, 4 * number + 4))
-        attempts.append(iterator.batch_info.attempts)
+    with Mailbox(tmp_path / "mailbox") as mailbox:
+        dataset = Telling(16, mailbox.path, at=8)
+        iterator = iter(RobustDataLoader(dataset, batch_size=4, num_workers=1, prefetch_factor=3, memory=None))
+        mailbox.take()  # who loads the third batch has sent the first two
+        kill(pids(iterator)[0], signal.SIGKILL)
+        attempts = []
+        for number, batch in enumerate(iterator):
+            assert batch.tolist() == list(range(4 * number, 4 * number + 4))
+            attempts.append(iterator.batch_info.attempts)
     assert attempts[:2] == [1, 1]
+    assert len(attempts) == 4
 
 
 class HasAChild(Numbers):
@@ -223,13 +239,6 @@ def test_all_workers_at_once() -> None:
     delivered += list(iterator)
     assert flat(delivered) == list(range(64))
     assert len(listener.of(WorkerRestarted)) == 3
-
-
-class BrokenSink:
-    """Cannot write any more."""
-
-    def receive(self, event: Any) -> None:
-        raise OSError("disk full")
 
 
 def test_a_sink_that_breaks_at_a_death_with_warnings_as_errors() -> None:

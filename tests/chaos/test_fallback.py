@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from robustloader import (
+    PoolHealed,
     PoolShrunk,
     RecoveryPolicy,
     RestartBudgetError,
@@ -26,24 +27,12 @@ from robustloader import (
 )
 from robustloader.system import host
 from tests.chaos.test_deaths import deadly
-from tests.support.datasets import DEATHS, DeadlyInit, Death, Numbers, Stream
+from tests.support.datasets import DEATHS, DeadlyInit, Death, KillEveryWorker, Numbers, Stream
 from tests.support.listener import Listener, flat
 from tests.support.peek import pids
 from tests.support.watch import kill
 
 BROKE = RecoveryPolicy(max_restarts=2, backoff_s=0)
-
-
-class KillEveryWorker:
-    """A ``worker_init_fn`` that no worker survives."""
-
-    def __init__(self, how: int = signal.SIGKILL) -> None:
-        self.trainer = os.getpid()
-        self.how = how
-
-    def __call__(self, worker_id: int) -> None:
-        if os.getpid() != self.trainer:
-            os.kill(os.getpid(), self.how)
 
 
 class Rolls(Numbers):
@@ -129,6 +118,30 @@ def test_kills_from_outside_until_nobody_is_left() -> None:
     assert [event.workers for event in listener.of(PoolShrunk)] == [1, 0]
     assert loaders >= {0, 1, None}
     assert loader.summary().workers_at_end == 0
+
+
+def test_the_pool_grows_back() -> None:
+    """Fifty delivered batches for each restart in the budget after it shrank; each step is an event and in the log."""
+    listener = Listener()
+    loader = RobustDataLoader(Numbers(600), batch_size=4, num_workers=2, recovery=BROKE, telemetry=listener.policy)
+    iterator = iter(loader)
+    delivered = [next(iterator)]
+    while not listener.of(PoolShrunk):
+        for pid in pids(iterator)[:1]:
+            kill(pid, signal.SIGKILL)
+        delivered.append(next(iterator))
+    shrunk = len(delivered)
+    assert len(pids(iterator)) <= 1
+    for batch in iterator:
+        delivered.append(batch)
+        if listener.of(PoolHealed):
+            break
+    assert [event.workers for event in listener.of(PoolHealed)] == [2]
+    assert len(delivered) - shrunk >= 50 * BROKE.max_restarts - 1
+    delivered += iterator
+    assert flat(delivered) == list(range(600))
+    summary = loader.summary()
+    assert (summary.workers_requested, summary.workers_at_end) == (2, 2)
 
 
 @pytest.mark.parametrize("min_workers", [1, 2, 3])

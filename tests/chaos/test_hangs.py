@@ -93,6 +93,8 @@ def test_a_sample_that_always_hangs(faults: Any, tmp_path: Path) -> None:
             with pytest.raises(WorkerHangError) as caught:
                 next(iterator)
             assert caught.value.index == 9
+            assert "get_stuck_in_here" in caught.value.stack
+            assert caught.value.silent_s >= HANG_S
         else:
             delivered.append(next(iterator))
         delivered += list(iterator)
@@ -104,6 +106,7 @@ def test_a_sample_that_always_hangs(faults: Any, tmp_path: Path) -> None:
     (record,) = loader.fault_log
     assert (record.kind, record.index) == ("hang", 9)
     assert "silent" in record.message
+    assert "get_stuck_in_here" in record.traceback
     if faults == "replace":
         assert json.loads((tmp_path / "bad.jsonl").read_text())["key"] == 9
 

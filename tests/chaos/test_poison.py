@@ -197,6 +197,54 @@ def test_several_poisons(many: tuple[int, ...], workers: int, tmp_path: Path) ->
     assert sorted(record.index for record in loader.fault_log if record.kind == "poison") == sorted(many)
 
 
+class DeadlyTogether(DeadlyMany):
+    """Whoever is the second of them in one process kills it."""
+
+    def __init__(self, size: int, death: Death, many: tuple[int, ...]) -> None:
+        super().__init__(size, death, many)
+        self.met: set[int] = set()
+
+    def load(self, index: int) -> int:
+        if index in self.many:
+            self.met.add(index)
+            if len(self.met) > 1:
+                self.death.strike()
+        return index
+
+
+@pytest.mark.parametrize("action", ["replace", "skip", "raise"])
+@pytest.mark.parametrize("many", [(12, 13), (12, 13, 14, 15)])
+def test_samples_that_kill_only_in_company(many: tuple[int, ...], action: Any, tmp_path: Path) -> None:
+    """Each survives its trial; after a few deaths their batch does without one after the other, or is an error."""
+    death = Death(tmp_path, "SIGSEGV", times=None)
+    loader = RobustDataLoader(
+        DeadlyTogether(32, death, many),
+        batch_size=4,
+        num_workers=2,
+        faults=FaultPolicy(action=action),
+        recovery=RecoveryPolicy(backoff_s=0),
+    )
+    iterator, samples, raised = iter(loader), [], 0
+    while True:
+        try:
+            samples += next(iterator).tolist()
+        except WorkerCrashError:
+            raised += 1
+        except StopIteration:
+            break
+    assert not death.seen_in_trainer
+    assert death.count <= 4 * len(many)
+    lost = set(range(32)) - set(samples)
+    assert raised == (action == "raise")
+    if action == "raise":
+        assert lost == {12, 13, 14, 15}
+        return
+    assert lost
+    assert lost < set(many)
+    assert len(samples) == (32 if action == "replace" else 32 - len(lost))
+    assert {(record.kind, record.index) for record in loader.fault_log} == {("crash", index) for index in lost}
+
+
 @pytest.mark.parametrize("how", ["SIGSEGV", "SIGKILL", "exit 0"])
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("max_restarts", [0, 1, 2, 3])

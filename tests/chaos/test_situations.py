@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.chaos import full
 from tests.chaos.situations import METHODS, PRODUCT, TRANSPORTS, Mode, Situation, run
 
 Runs = tuple[tuple[Situation, Mode], ...]
@@ -68,3 +70,30 @@ def test_a_row_can_fail(child: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tests.chaos.situations.SITUATIONS", [row])
     with pytest.raises(AssertionError, match="as it must"):
         run(row, Mode("fork", TRANSPORTS[0], "map", False, child), tmp_path)
+
+
+def test_the_full_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run is noted, one that fails with what it said; started again, what is done is not done again."""
+    path = tmp_path / "result.json"
+    good, bad = "5 a_result_that_cannot_be_pickled fork-arena-map", "0 fails fork-arena-map"
+    setting = {"commit": {"hash": "0123", "package": "4567", "dirty": False}}
+    monkeypatch.setattr(full, "describe", lambda *code: setting)
+    monkeypatch.setattr(
+        full,
+        "RUNS",
+        {good: full.RUNS[good], bad: (Situation(0, "fails", fails, lambda mode: True), full.RUNS[good][1])},
+    )
+    assert full.main(["--only", good, "--rounds", "2", "-o", str(path)]) == 0
+    assert full.main(["--rounds", "2", "-o", str(path)]) == 1
+    result = json.loads(path.read_text())
+    counts = {name: (row["passed"], row["failed"], len(row["seconds"])) for name, row in result["rows"].items()}
+    assert counts == {good: (2, 0, 2), bad: (0, 2, 2)}
+    assert "as it must" in result["rows"][bad]["problems"][0]
+    assert (result["passed"], result["failed"], result["ok"]) == (2, 2, False)
+    assert full.main(["--only", good, "--anew", bad, "--rounds", "2", "-o", str(path)]) == 0
+    again = json.loads(path.read_text())["rows"]
+    assert again[good] == result["rows"][good]
+    assert again[bad]["failed"] == 0
+    setting["commit"]["package"] = "other code"
+    assert full.main(["--only", "nothing", "--rounds", "2", "-o", str(path)]) == 0
+    assert json.loads(path.read_text())["passed"] == 0

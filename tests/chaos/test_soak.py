@@ -36,7 +36,7 @@ def test_a_soak_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         content[-1] += index == 3
         return content
 
-    case = soak.Case("map", "fork", soak.TRANSPORTS[0], 1, 2, True, "worker", 2, 64, 10, 1, False, False, 60.0, 1)
+    case = soak.Case("map", "fork", soak.TRANSPORTS[0], 1, 2, True, "worker", 2, 64, 0.0, 10, 1, False, False, 60.0, 1)
     monkeypatch.setattr(soak.Samples, "__getitem__", damaged)
     monkeypatch.setattr(soak.Case, "draw", lambda rng: case)
     assert soak.main(["--seconds", "0.1", "-o", str(path)]) == 1
@@ -52,6 +52,6 @@ def test_a_soak_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 )
 def test_the_check_of_an_epoch_can_fail(delivered: list[list[int]], problem: str) -> None:
     """A lost batch, a doubled one, two in the wrong order."""
-    case = soak.Case("map", "fork", "pipe", 1, 2, True, "worker", 2, 64, 3, 1, False, False, 60.0, 1)
+    case = soak.Case("map", "fork", "pipe", 1, 2, True, "worker", 2, 64, 0.0, 3, 1, False, False, 60.0, 1)
     with pytest.raises(AssertionError, match=problem):
         soak.check_epoch(case, delivered, [batch[0] // 2 for batch in delivered])

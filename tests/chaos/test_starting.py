@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from robustloader import RecoveryPolicy, RobustDataLoader, WorkerCrashed, WorkerRestarted, WorkerStartError
-from tests.support.datasets import CannotPickle, DeadlyInit, Death, Numbers, Stream, UnpicklesBadly
+from tests.support.datasets import CannotBegin, CannotPickle, DeadlyInit, Death, Numbers, UnpicklesBadly
 from tests.support.hostile import HOSTILE
 from tests.support.listener import Listener, flat
 from tests.support.peek import pids
@@ -232,13 +232,6 @@ def test_a_worker_that_is_never_ready_is_replaced(tmp_path: Path) -> None:
         )
         assert flat(loader) == list(range(16))
     assert {event.cause for event in listener.of(WorkerCrashed)} == {"start"}
-
-
-class CannotBegin(Stream):
-    """Raises where a worker asks for its iterator."""
-
-    def __iter__(self) -> Any:
-        raise FileNotFoundError("the archive is not mounted here")
 
 
 def test_a_reported_failure_is_not_a_crash() -> None:

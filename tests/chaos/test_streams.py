@@ -22,6 +22,7 @@ from robustloader import (
     ShardEnded,
     WorkerCrashed,
 )
+from robustloader.testing import Crash, InjectedStream, Injector
 from tests.support.datasets import DEATHS, Death, Generated, Stream, Unshared, share_out
 from tests.support.listener import Listener, flat
 from tests.support.peek import pids
@@ -195,6 +196,15 @@ def test_a_stream_that_kills_at_one_place_ends_there(how: str, workers: int, tmp
     assert event.worker_id == 0
     assert not death.seen_in_trainer
     assert death.count <= 8
+
+
+def test_kills_all_over_one_batch_end_no_share() -> None:
+    """SIGKILL three times at each of its samples, so that it dies twelve times before it comes: that was chance."""
+    injector = Injector({number: Crash(signal=signal.SIGKILL, times=3) for number in range(4, 8)})
+    loader = RobustDataLoader(InjectedStream(Stream(12), injector), batch_size=4, num_workers=1, recovery=QUICK)
+    assert flat(loader) == list(range(12))
+    assert injector.count() == 12
+    assert not loader.fault_log
 
 
 def test_batches_that_arrived_before_the_death_are_not_skipped_twice() -> None:

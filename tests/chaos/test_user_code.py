@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from robustloader import RobustDataLoader
+from robustloader import RecoveryPolicy, RobustDataLoader
 from tests.support.datasets import Numbers
 from tests.support.listener import flat
 from tests.support.peek import pids
@@ -149,3 +150,28 @@ def test_threads_of_the_trainer_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_deaths_in_a_loader_that_a_thread_uses() -> None:
+    """Made, used and ended there; the main thread computes meanwhile."""
+    delivered: list[int] = []
+    errors: list[BaseException] = []
+
+    def train() -> None:
+        recovery = RecoveryPolicy(backoff_s=0, max_restarts=100)
+        try:
+            iterator = iter(RobustDataLoader(Numbers(64), batch_size=4, num_workers=2, recovery=recovery))
+            for number, batch in enumerate(iterator):
+                delivered.extend(batch.tolist())
+                if number % 5 == 0:
+                    for pid in pids(iterator):
+                        kill(pid, signal.SIGKILL)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    user_code()
+    thread.join()
+    assert not errors
+    assert delivered == list(range(64))

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from robustloader import FaultPolicy, RobustDataLoader, RobustLoaderWarning, SampleError
 from tests.support.datasets import Raising
-from tests.support.hostile import CONTROL, HOSTILE, OwnBase
+from tests.support.hostile import CONTROL, HOSTILE, Control, OwnBase
 from tests.support.listener import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
@@ -74,16 +74,6 @@ def test_a_hostile_exception_is_raised(workers: int, name: str, faults: Any) -> 
         assert caught.worker_id == 1
         assert caught.error_type.rpartition(".")[2] == kind
     assert flat(iterator) == list(range(8, 16))
-
-
-class Control:
-    """Makes one of the exceptions that mean something to the one who iterates."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, index: Any) -> BaseException:
-        return CONTROL[self.name](f"at {index}")
 
 
 class CollateRaises:

@@ -21,7 +21,7 @@ from robustloader import (
     TelemetryPolicy,
 )
 from tests.support.datasets import Damaged, Numbers, Raising, Shaped, damaged
-from tests.support.listener import Listener, flat
+from tests.support.listener import BrokenSink, Listener, flat
 from tests.support.peek import await_idle
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -158,17 +158,6 @@ def test_the_log_can_be_saved(workers: int, tmp_path: Path) -> None:
     loader.fault_log.save(tmp_path / "faults.jsonl")
     (line,) = (tmp_path / "faults.jsonl").read_text().splitlines()
     assert json.loads(line)["index"] == 3
-
-
-class BrokenSink:
-    """A sink that raises."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def receive(self, event: Any) -> None:
-        self.calls += 1
-        raise OSError("disk full")
 
 
 @WORKERS

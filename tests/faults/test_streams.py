@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import default_collate
 
 from robustloader import FaultBudgetError, FaultPolicy, RobustDataLoader, RobustLoaderWarning, ShardEnded
-from tests.support.datasets import Damaged, Generated, Stream, damaged
+from tests.support.datasets import CannotBegin, Damaged, Generated, Stream, damaged
 from tests.support.hostile import CONTROL
 from tests.support.listener import Listener, flat
 
@@ -86,16 +86,11 @@ def test_a_fatal_error_raises(workers: int) -> None:
         list(RobustDataLoader(stream, batch_size=4, num_workers=workers))
 
 
-class CannotBegin(Stream):
-    def __iter__(self) -> Any:
-        raise FileNotFoundError("no such archive")
-
-
 @WORKERS
 @pytest.mark.parametrize("faults", ["replace", "raise"])
 def test_a_stream_that_cannot_begin(workers: int, faults: Any) -> None:
     """An error that names the cause; never an empty epoch."""
-    with pytest.raises((FileNotFoundError, RuntimeError), match="no such archive"):
+    with pytest.raises((FileNotFoundError, RuntimeError), match="the archive is not mounted"):
         list(RobustDataLoader(CannotBegin(8), batch_size=4, num_workers=workers, faults=faults))
 
 

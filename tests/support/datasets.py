@@ -217,6 +217,18 @@ class DeadlyInit:
             self.death.strike()
 
 
+class KillEveryWorker:
+    """A ``worker_init_fn`` that no worker survives."""
+
+    def __init__(self, how: int = signal.SIGKILL) -> None:
+        self.trainer = os.getpid()
+        self.how = how
+
+    def __call__(self, worker_id: int) -> None:
+        if os.getpid() != self.trainer:
+            os.kill(os.getpid(), self.how)
+
+
 class DeadlyState:
     """Reducing or rebuilding it is a death: what a batch holds, or a dataset that cannot be shipped."""
 
@@ -345,6 +357,37 @@ class Generated(Stream):
 
     def __iter__(self) -> Iterator[Any]:
         yield from super().__iter__()
+
+
+class MadeStream(Stream):
+    """Some numbers are what ``makers[number](number)`` makes."""
+
+    def __init__(self, size: int, makers: Mapping[int, Callable[[Any], Any]]) -> None:
+        super().__init__(size)
+        self.makers = dict(makers)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            yield self.makers[number](number) if number in self.makers else number
+
+
+class BigStream(Stream):
+    """Each number is ``nbytes`` bytes of that value."""
+
+    def __init__(self, size: int, nbytes: int) -> None:
+        super().__init__(size)
+        self.nbytes = nbytes
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            yield torch.full((self.nbytes,), number, dtype=torch.uint8)
+
+
+class CannotBegin(Stream):
+    """Raises where a worker asks for its iterator."""
+
+    def __iter__(self) -> Any:
+        raise FileNotFoundError("the archive is not mounted here")
 
 
 class Unshared(Stream):

@@ -180,3 +180,23 @@ class UndecodableHere:
 def samples_of(batch: list[Any]) -> list[int]:
     """The indices of a batch that ``collate_fn=list`` made."""
     return [int(getattr(sample, "index", sample)) for sample in batch]
+
+
+class Hostile:
+    """Makes one of the hostile exceptions."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, index: Any) -> BaseException:
+        return HOSTILE[self.name](index)
+
+
+class Control:
+    """Makes one of the exceptions that mean something to the one who iterates."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, index: Any) -> BaseException:
+        return CONTROL[self.name](f"at {index}")

@@ -1,4 +1,4 @@
-"""A sink that remembers."""
+"""A sink that remembers, and one that breaks."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ class Listener:
     def policy(self) -> TelemetryPolicy:
         """A telemetry policy that has this sink."""
         return TelemetryPolicy(sinks=(self,))
+
+
+class BrokenSink:
+    """A sink that cannot write any more; counts how often it was told."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def receive(self, event: Event) -> None:
+        self.calls += 1
+        raise OSError("disk full")
 
 
 def flat(batches: Any) -> list[int]:

@@ -12,13 +12,18 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.watch import PATIENCE_S, await_gone, is_gone, processes
+from tests.support import watch
+from tests.support.trainers import TRANSPORT_VARIABLE
+from tests.support.transports import chosen_transport
+from tests.support.watch import await_gone, is_gone, processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Trainer:
-    """A running ``tests.support.trainers`` program, in a process group of its own."""
+    """A running ``tests.support.trainers`` program, in a process group of its own. Its loaders use the transport that
+    loaders use here.
+    """
 
     def __init__(self, name: str, *arguments: object) -> None:
         command = [sys.executable, "-X", "faulthandler", "-m", "tests.support.trainers", name, *map(str, arguments)]
@@ -29,7 +34,12 @@ class Trainer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::ResourceWarning"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "error::ResourceWarning",
+                TRANSPORT_VARIABLE: chosen_transport(),
+            },
         )
         self._text = b""
         self.known: list[psutil.Process] = []
@@ -39,7 +49,7 @@ class Trainer:
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         while b"\n" not in self._text:
-            assert select.select([fd], [], [], PATIENCE_S)[0], "the trainer says nothing"
+            assert select.select([fd], [], [], watch.PATIENCE_S)[0], "the trainer says nothing"
             piece = os.read(fd, 65_536)
             assert piece, f"the trainer ended: {self._rest()}"
             self._text += piece
@@ -54,7 +64,7 @@ class Trainer:
 
     def end(self) -> tuple[int, str, str]:
         """Wait for its end: exit code, the rest of its output, and what it wrote to standard error."""
-        out, err = self.process.communicate(timeout=2 * PATIENCE_S)
+        out, err = self.process.communicate(timeout=2 * watch.PATIENCE_S)
         return self.process.returncode, (self._text + out).decode(), err.decode()
 
     def family(self) -> list[psutil.Process]:

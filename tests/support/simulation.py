@@ -49,6 +49,7 @@ class SimWorker:
     arena_lost: str = ""
     started_ns: int = field(default_factory=time.monotonic_ns)
     silent_s: float = 0.0
+    stack: str = ""
     silent_since: tuple[int, int | None] = (0, None)
     task: tuple[int, int, int] = (-1, -1, -1)
     task_s: float = 0.0

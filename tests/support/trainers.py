@@ -23,6 +23,9 @@ from tests.support.datasets import Numbers
 from tests.support.peek import await_bytes
 from tests.support.watch import post, wait_at
 
+TRANSPORT_VARIABLE = "ROBUSTLOADER_TESTS_TRANSPORT"
+"""Names the transport that the program's loaders use."""
+
 INTERRUPTED = "TESTS_INTERRUPTED"
 if INTERRUPTED in os.environ:  # a spawned process that will become a worker, while it imports
     os.kill(os.getpid(), signal.SIGINT)
@@ -57,8 +60,14 @@ def wait_for_a_line() -> None:
 
 
 def loader(method: str, dataset: Any = None, **kwargs: Any) -> Any:
-    kwargs = {"batch_size": 1, "num_workers": 2, "multiprocessing_context": method, **kwargs}
-    return RobustDataLoader(dataset if dataset is not None else Numbers(64), **kwargs)
+    options = {
+        "batch_size": 1,
+        "num_workers": 2,
+        "multiprocessing_context": method,
+        "transport": os.environ.get(TRANSPORT_VARIABLE, "auto"),
+        **kwargs,
+    }
+    return RobustDataLoader(dataset if dataset is not None else Numbers(64), **options)
 
 
 def pids(iterator: Any) -> str:

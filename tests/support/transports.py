@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +25,19 @@ def choose_transport(transport: str, patch: pytest.MonkeyPatch) -> None:
         for module in (arena, codec):
             patch.setattr(module, "INLINE_BYTES", 0)
         patch.setattr(arena, "PAYLOAD_BYTES", 1)
+
+
+def chosen_transport() -> str:
+    """The one that loaders use that name none."""
+    return str((RobustDataLoader.__init__.__kwdefaults__ or {})["transport"])
+
+
+@contextlib.contextmanager
+def using_transport(transport: str) -> Iterator[None]:
+    """The same for a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        choose_transport(transport, patch)
+        yield
 
 
 @pytest.fixture(params=TRANSPORTS, autouse=True)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+import traceback
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
 
-from benchmarks.recovery import BEGIN, CLEAN, END, KILLS, is_bad, judge, percentile, render, tell_fate
+from benchmarks.recovery import (
+    BAD,
+    BEGIN,
+    CLEAN,
+    END,
+    KILLS,
+    is_bad,
+    judge,
+    percentile,
+    printed_exceptions,
+    render,
+    tell_fate,
+)
 from benchmarks.tables import insert
+from benchmarks.thresholds import RECOVERY
 
 
 def result(**more: Any) -> dict[str, Any]:
@@ -45,7 +60,15 @@ def test_a_percentile_is_one_of_the_values() -> None:
     ("indices", "told", "fate", "missing", "doubled"),
     [
         ([0, 1, 2, 3], {"status": 0}, "goes on; every sample arrives once", 0, 0),
-        ([0, 1, 3, 3], {"status": 0}, "the loop ends without an exception", 1, 1),
+        ([0, 1, 3, 3], {"status": 0}, "the loop ends without an exception, samples are lost and doubled", 1, 1),
+        ([0, 1, 2, 3, 3], {"status": 0}, "the loop ends without an exception, samples are doubled", 0, 1),
+        (
+            [0, 1],
+            {"status": 0, "printed": ["BrokenProcessPool"]},
+            "the loop ends without an exception, samples are lost (BrokenProcessPool on stderr)",
+            2,
+            0,
+        ),
         ([0, 1], {"status": None}, "hangs: not at its end after 9 s", 2, 0),
         ([0, 1], {"status": 0, "error": "RuntimeError: gone"}, "stops: RuntimeError: gone", 2, 0),
         ([0], {"status": -9}, "its process ends with status -9", 3, 0),
@@ -62,25 +85,43 @@ def test_the_fate_of_an_epoch(indices: list[int], told: dict[str, Any], fate: st
     }
 
 
+def test_exceptions_that_were_only_printed_are_named() -> None:
+    """Each once, by the last part of its name, wherever its traceback stands."""
+    try:
+        try:
+            raise KeyError("one")
+        except KeyError as error:
+            raise BrokenProcessPool("a child died") from error
+    except BrokenProcessPool:
+        text = f"said before\n{traceback.format_exc()}said after: no exception\n{traceback.format_exc()}"
+    assert printed_exceptions(text) == ["KeyError", "BrokenProcessPool"]
+    assert printed_exceptions("ValueError: told without a traceback\n") == []
+
+
 def test_a_tasks_load_time_is_part_of_the_limit() -> None:
-    passed = {subject: good for subject, _, _, good in judge(result())}
-    assert passed == {
-        "p95 from kill to next batch": True,
-        "throughput, 1 % bad": False,
-        f"throughput, {KILLS}": True,
-    }
-    assert not next(iter(judge(result(load_ms=4.9))))[-1]
-    assert not next(iter(judge(result(p95_ms=math.nan))))[-1]
+    passed = {verdict.measurement: verdict.passed for verdict in judge(result())}
+    assert passed == {"kill to next batch, fork": True, "1 % bad": False, KILLS: True}
+    assert next(judge(result(load_ms=5.0))).passed
+    assert not next(judge(result(load_ms=4.9))).passed
+    assert not next(judge(result(p95_ms=math.nan))).passed
+
+
+def test_every_threshold_of_recovery_is_measured() -> None:
+    """The names are those that a run gives: kills under fork, with and without memory added, and two conditions."""
+    whole = result()
+    whole["gaps"].append({**whole["gaps"][0], "added_mb": 1000})
+    assert [verdict.measurement for verdict in judge(whole)] == [threshold.measurement for threshold in RECOVERY]
+    assert {threshold.measurement for threshold in RECOVERY if threshold.against == CLEAN} <= {*BAD, KILLS}
 
 
 def test_only_fork_is_held_to_the_limit() -> None:
-    assert not [line for line in judge(result(method="spawn")) if "kill to next" in line[0]]
+    assert not [verdict for verdict in judge(result(method="spawn")) if "kill to next" in verdict.measurement]
 
 
 def test_the_tables_go_between_their_own_markers() -> None:
     text = render(result())
     assert "| fork | 9 | 20.0 | 105.0 | 5.0 | 10.0 | 400 |" in text
     assert "stops: a \\| b" in text
-    assert "| throughput, 1 % bad | at least 0.95 | 0.900 | **no** |" in text
+    assert "| 1 % bad | at least 0.95 × as fast | 0.90 (0.880 to 0.920) | **no** |" in text
     page = insert(f"before\n{BEGIN}\nold\n{END}\nafter\n", text, BEGIN, END)
     assert page.startswith("before\n") and page.endswith("after\n") and text in page and "old" not in page

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from robustloader.decisions.blame import OUTSIDE_TRIALS, Blame, Cause
+from robustloader.decisions.blame import OUTSIDE_TRIALS, Blame, Cause, ShardBlame
 
 PROOF: tuple[Cause, ...] = ("crash", "exit", "shared memory", "hang")
 OUTSIDE: tuple[Cause, ...] = ("killed", "unknown")
@@ -130,3 +130,90 @@ def test_random_kills_convict_nobody(seed: int) -> None:
                 break
         convicted += judgement.action == "convict"
     assert convicted <= 4  # 20,000 deaths make about 10,000 trials, of which one in ten thousand convicts
+
+
+# --- samples that kill only in company --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", PROOF)
+def test_whoever_crashes_where_another_was_cleared_is_left_out(cause: Cause) -> None:
+    """Once a suspect of the same batch has survived its trial; all its deaths are given back."""
+    blame = Blame(2)
+    for _ in range(2):
+        judgement = blame.sample_died(7, cause, on_trial=False, task=3)
+    assert judgement.action == "trial"
+    blame.trial_passed(7, 3)
+    assert blame.sample_died(8, cause, on_trial=False, task=3).action == "replay"
+    verdict = blame.sample_died(8, cause, on_trial=False, task=3)
+    assert (verdict.action, verdict.refund, verdict.deaths) == ("exclude", 2, 2)
+
+
+def test_another_batch_knows_nothing_of_it() -> None:
+    """Nor does the same one once it has arrived."""
+    blame = Blame(1)
+    blame.sample_died(7, "crash", on_trial=False, task=3)
+    blame.trial_passed(7, 3)
+    assert blame.sample_died(8, "crash", on_trial=False, task=4).action == "trial"
+    blame.arrived(3)
+    assert blame.sample_died(9, "crash", on_trial=False, task=3).action == "trial"
+
+
+@pytest.mark.parametrize("cause", [*OUTSIDE, "memory"])
+def test_kills_from_outside_leave_nobody_out(cause: Cause) -> None:
+    """They clear nobody of crashes, and are no crashes where somebody was."""
+    blame = Blame(1)
+    blame.sample_died(6, "memory", on_trial=False, task=3)
+    blame.sample_died(6, cause, on_trial=False, task=3)
+    blame.trial_passed(6, 3)
+    assert blame.sample_died(7, "crash", on_trial=False, task=3).action == "trial"
+    blame.trial_passed(7, 3)
+    actions = {blame.sample_died(8, cause, on_trial=False, task=3).action for _ in range(20)}
+    assert actions <= {"replay", "trial"}
+
+
+# --- shares of a stream -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", PROOF)
+def test_a_share_that_dies_by_itself_ends(cause: Cause) -> None:
+    """Wherever in the batch that was: nobody outside did it."""
+    blame = ShardBlame()
+    assert [blame.died((3, "item", place), cause, poison_after=2) for place in range(3)] == [0, 0, 3]
+
+
+@pytest.mark.parametrize("cause", [*OUTSIDE, "memory"])
+def test_a_share_that_is_killed_at_one_sample_ends(cause: Cause) -> None:
+    """As many deaths as a sample needs to be suspected, and then convicted in trials."""
+    blame = ShardBlame()
+    deaths = [blame.died((3, "item", 1), cause, poison_after=2) for _ in range(2 + OUTSIDE_TRIALS)]
+    assert deaths == [0] * (1 + OUTSIDE_TRIALS) + [2 + OUTSIDE_TRIALS]
+
+
+def test_kills_all_over_a_batch_end_no_share() -> None:
+    """Each hits another sample than the one before."""
+    blame = ShardBlame()
+    for number in range(1_000):
+        assert not blame.died((3, "item", number % 2), "killed", poison_after=2)
+
+
+def random_kills(rng: random.Random, blame: ShardBlame, *, batches: int, batch_size: int, kill_share: float) -> int:
+    """A share loads so many batches, and each sample is hit with this chance: how often that would have ended it."""
+    ended = task = position = 0
+    while task < batches:
+        if rng.random() < kill_share:
+            ended += bool(blame.died((task, "item", position), "killed", poison_after=2))
+            position = 0
+        elif position + 1 < batch_size:
+            position += 1
+        else:
+            task, position, blame = task + 1, 0, ShardBlame()
+    return ended
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_kills_end_no_share(seed: int) -> None:
+    """Samples of 0.2 s, four in a batch, a kill every second over two workers: a worker is hit in one batch of three,
+    and in 5,000 batches no share ends, though batches die six times in a row."""
+    rng = random.Random(seed)
+    assert random_kills(rng, ShardBlame(), batches=5_000, batch_size=4, kill_share=0.1) == 0
+    assert random_kills(rng, ShardBlame(), batches=5_000, batch_size=1, kill_share=0.7) > 0, "the check can fail"

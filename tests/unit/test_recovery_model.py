@@ -63,8 +63,14 @@ class Histories(RuleBasedStateMachine):
         haunted=st.integers(0, 5),
         min_workers=st.integers(1, 2),
         in_process=st.booleans(),
+        looks=st.booleans(),
     )
-    def begin(self, workers: int, prefetch: int, in_order: bool, seeding: Any, haunted: int, **recovery: Any) -> None:
+    def begin(
+        self, workers: int, prefetch: int, in_order: bool, seeding: Any, haunted: int, looks: bool, **recovery: Any
+    ) -> None:
+        # Whether a trainer that finds a batch ready listens to its workers first is a matter of the clock.
+        self.patches.append(mock.patch.object(engine, "_LOOK_EVERY_NS", -1 if looks else 1 << 62))
+        self.patches[-1].start()
         self.workers, self.prefetch, self.in_order, self.haunted = workers, prefetch, in_order, haunted
         self.policy = RecoveryPolicy(backoff_s=0, stall_report_s=None, start_timeout_s=None, **recovery)
         self.loader = RobustDataLoader(
@@ -354,6 +360,7 @@ def test_a_death_before_the_trial_begins_proves_nothing(how: str) -> None:
         max_restarts=100,
         min_workers=1,
         haunted=0,
+        looks=True,
         in_process=True,
     )
 
