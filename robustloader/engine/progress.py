@@ -277,4 +277,4 @@ class Journal:
         return progress
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"progress": None, "loaded": self.loaded, "beginning": None, "openings": self.openings}
+        return {**self.__dict__, "progress": None, "beginning": None}
