@@ -27,6 +27,9 @@ __all__ = [
 Streams = tuple[Any, Any, torch.Tensor]
 """States of the global Python, NumPy and torch CPU generators."""
 
+_NESTED = 3
+"""How many batch samplers around one another are looked into."""
+
 
 def encode_streams(streams: Streams) -> tuple[str, ...]:
     """The states as text: about 14 kB. NumPy's is left out where the user has replaced its Mersenne twister."""
@@ -74,11 +77,14 @@ def _text(array: np.ndarray[Any, Any]) -> str:
 def own_generators(loader: Any) -> list[torch.Generator]:
     """The generators of a loader and its samplers, each once.
 
-    Without torch's global one, which is nobody's own, and those of samplers that keep their own state.
+    Without torch's global one, which is nobody's own, and those of samplers that keep their own state. Frameworks put
+    a batch sampler around another one (Accelerate shares batches out so): the inner ones count too.
     """
     batch_sampler = loader.batch_sampler
-    inner = getattr(batch_sampler, "sampler", None)
-    places = [loader, batch_sampler, loader.sampler, inner]
+    places = [loader, batch_sampler, loader.sampler, getattr(batch_sampler, "sampler", None)]
+    for _ in range(_NESTED):
+        batch_sampler = getattr(batch_sampler, "batch_sampler", None)
+        places += [batch_sampler, getattr(batch_sampler, "sampler", None)]
     found: dict[int, torch.Generator] = {}
     for place in places:
         generator = getattr(place, "generator", None)
