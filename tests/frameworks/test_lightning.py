@@ -1,81 +1,75 @@
-"""What frameworks do to a loader, done by the frameworks themselves, keeps every option of ours."""
+"""Lightning and Fabric: rebuilt loaders keep every option, a checkpoint is gone on from exactly."""
 
 from __future__ import annotations
 
-import copy
-import warnings
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import lightning.fabric.utilities.data as fabric_data
+import lightning.pytorch.utilities.data as pytorch_data
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import RunningStage
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from robustloader import FaultPolicy, MemoryPolicy, RecoveryPolicy, RobustDataLoader, TelemetryPolicy
-from tests.support import parity_data as data
+from robustloader import ElasticDistributedSampler, RobustDataLoader, RobustLoaderWarning
+from robustloader.integrations.lightning import pytorch_lightning_callbacks, resume_callback
+from tests.support.frameworks import OURS, TORCHS, Broken, Floats, Noisy, Stream, check_kept, make_loader
 
 pytestmark = [
-    # What the frameworks and their own dependencies warn of when imported or run is not our business.
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+    # Lightning 2.6 asks torch 2.13 for a name of old.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    # A run that goes on writes its checkpoints elsewhere; a dataset with a length is read by one process.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined:UserWarning"),
+    # Its advice on how many workers to have, and on shuffled loaders.
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
 
-OURS: dict[str, Any] = {
-    "faults": FaultPolicy(action="skip", burst=3),
-    "recovery": RecoveryPolicy(max_restarts=1),
-    "memory": MemoryPolicy(on_low="warn"),
-    "telemetry": TelemetryPolicy(history=2),
-    "seeding": "batch",
-    "transport": "pipe",
-}
-TORCHS: dict[str, Any] = {
-    "num_workers": 1,
-    "collate_fn": data.identity,
-    "prefetch_factor": 3,
-    "persistent_workers": True,
-    "in_order": False,
-    "timeout": 77,
-    "worker_init_fn": data.reseed_in_init,
-}
-KEPT = (*OURS, *TORCHS)
+REBUILD = {"pytorch": pytorch_data._update_dataloader, "fabric": fabric_data._update_dataloader}
 
 
-def make_loader(**more: Any) -> RobustDataLoader[Any]:
-    """A loader with no option at its default."""
-    return RobustDataLoader(list(range(10)), **({"batch_size": 2, **TORCHS, **OURS} | more))
+class Model(LightningModule):
+    """Notes what it is given, as (epoch, batch)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.trained: list[Any] = []
+        self.validated: list[Any] = []
+
+    def training_step(self, batch: Any, number: int) -> Any:
+        self.trained.append((self.current_epoch, batch.tolist()))
+        return self.layer(batch[:, :1]).sum()
+
+    def validation_step(self, batch: Any, number: int) -> None:
+        self.validated.append(batch.flatten().tolist())
+
+    def predict_step(self, batch: Any, number: int) -> Any:
+        return batch
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
 
 
-def check_kept(rebuilt: Any, original: Any) -> None:
-    """The rebuilt loader is ours, with every option as it was given."""
-    assert type(rebuilt) is RobustDataLoader
-    assert rebuilt is not original
-    for name in KEPT:
-        assert getattr(rebuilt, name) is getattr(original, name), name
-    assert rebuilt.multiprocessing_context is original.multiprocessing_context
+def make_trainer(**options: Any) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(**{"max_epochs": 2, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **options})
 
 
-class Numbers(IterableDataset[int]):
-    """An iterable dataset."""
-
-    def __iter__(self) -> Any:
-        yield from range(4)
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
-# --- Lightning --------------------------------------------------------------------------------------------------------
-
-
-def lightning_rebuild(name: str) -> Any:
-    """Lightning's own function that gives a loader another sampler."""
-    module = pytest.importorskip(f"lightning.{name}")
-    return module._update_dataloader
-
-
-@pytest.mark.parametrize("name", ["pytorch.utilities.data", "fabric.utilities.data"])
+@pytest.mark.parametrize("name", REBUILD)
 @pytest.mark.parametrize("case", ["plain", "context", "batch_sampler", "unbatched"])
-def test_lightning_puts_in_another_sampler(name: str, case: str) -> None:
+def test_another_sampler_is_put_in(name: str, case: str) -> None:
     """A loader passed to Trainer.fit is rebuilt around a DistributedSampler, to what torch's would be rebuilt to."""
-    rebuild = lightning_rebuild(name)
-    more = {
+    more: dict[str, Any] = {
         "plain": {"batch_size": 2, "drop_last": True},
         "context": {"batch_size": 3, "multiprocessing_context": "fork", "shuffle": True},
         "batch_sampler": {"batch_sampler": BatchSampler(SequentialSampler(range(10)), 2, False)},
@@ -84,168 +78,249 @@ def test_lightning_puts_in_another_sampler(name: str, case: str) -> None:
     arguments = {"dataset": list(range(10)), **TORCHS, **more}
     sampler = DistributedSampler(arguments["dataset"], num_replicas=2, rank=1, shuffle=False)
     original = RobustDataLoader(**arguments, **OURS)
-    rebuilt = rebuild(original, sampler)
+    rebuilt = REBUILD[name](original, sampler)
     check_kept(rebuilt, original)
-    expected = rebuild(DataLoader(**arguments), sampler)
+    expected = REBUILD[name](DataLoader(**arguments), sampler)
     assert (rebuilt.batch_size, rebuilt.drop_last) == (expected.batch_size, expected.drop_last)
     assert list(rebuilt) == list(expected)
 
 
-@pytest.mark.parametrize("mode", ["training", "predicting"])
-def test_lightnings_stages(mode: str) -> None:
+@pytest.mark.parametrize("stage", [RunningStage.TRAINING, RunningStage.PREDICTING])
+def test_stages(stage: RunningStage) -> None:
     """Prediction always rebuilds, around a batch sampler that remembers its indices."""
-    rebuild = lightning_rebuild("pytorch.utilities.data")
-    states = pytest.importorskip("lightning.pytorch.trainer.states")
-    stage = states.RunningStage.TRAINING if mode == "training" else states.RunningStage.PREDICTING
     original = make_loader(seeding="worker")
-    rebuilt = rebuild(original, SequentialSampler(original.dataset), stage)
+    rebuilt = pytorch_data._update_dataloader(original, SequentialSampler(original.dataset), stage)
     check_kept(rebuilt, original)
     assert [list(batch) for batch in rebuilt] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
-def test_lightning_rebuilds_an_iterable_dataset() -> None:
+def test_an_iterable_dataset() -> None:
     """There is no sampler to put in, and the options stay."""
-    rebuild = lightning_rebuild("pytorch.utilities.data")
-    original = RobustDataLoader(Numbers(), batch_size=2, **TORCHS, **OURS)
-    rebuilt = rebuild(original, None)
+    original = RobustDataLoader(Stream(4), batch_size=2, **TORCHS, **OURS)
+    rebuilt = pytorch_data._update_dataloader(original, None)
     check_kept(rebuilt, original)
     assert [list(batch) for batch in rebuilt] == [[0, 1], [2, 3]]
 
 
-def test_lightning_keeps_auto() -> None:
+def test_auto_stays_auto() -> None:
     """num_workers="auto" is still auto in the rebuilt loader."""
-    rebuild = lightning_rebuild("pytorch.utilities.data")
     original = RobustDataLoader(range(4), num_workers="auto")  # type: ignore[arg-type]
-    rebuilt = rebuild(original, SequentialSampler(original.dataset))
+    rebuilt = pytorch_data._update_dataloader(original, SequentialSampler(original.dataset))
     assert rebuilt.num_workers == original.num_workers
     assert type(rebuilt.num_workers) is type(original.num_workers)
 
 
-def test_lightning_wraps_the_class_while_a_hook_runs() -> None:
+def test_the_class_is_wrapped_while_a_hook_runs() -> None:
     """A loader made inside train_dataloader() is made by a patched class and replayed from what was recorded."""
-    rebuild = lightning_rebuild("pytorch.utilities.data")
-    fabric = pytest.importorskip("lightning.fabric.utilities.data")
-    with fabric._replace_dunder_methods(DataLoader, "dataset"):
+    with fabric_data._replace_dunder_methods(DataLoader, "dataset"):
         original = make_loader(batch_size=5)
         original.timeout = 55
-    rebuilt = rebuild(original, SequentialSampler(original.dataset))
+    rebuilt = pytorch_data._update_dataloader(original, SequentialSampler(original.dataset))
     check_kept(rebuilt, original)
     assert rebuilt.timeout == 55
     assert [len(batch) for batch in rebuilt] == [5, 5]
 
 
-def test_lightning_trains_and_validates(tmp_path: Any) -> None:
-    """A whole fit: as many steps as batches, in training and in validation, and a prediction."""
-    pytest.importorskip("lightning.pytorch")
-    from lightning.pytorch import LightningModule, Trainer
+# --- whole runs -------------------------------------------------------------------------------------------------------
 
-    class Model(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(1, 1)
-            self.seen: dict[str, int] = {"train": 0, "val": 0}
 
-        def training_step(self, batch: Any, number: int) -> Any:
-            self.seen["train"] += 1
-            return self.layer(batch.float()[:, None]).sum()
+class Hooks(Model):
+    """Makes its loaders itself."""
 
-        def validation_step(self, batch: Any, number: int) -> None:
-            self.seen["val"] += 1
+    def train_dataloader(self) -> Any:
+        return RobustDataLoader(Broken(6), batch_size=2, shuffle=True, num_workers=1, faults="skip")
 
-        def predict_step(self, batch: Any, number: int) -> Any:
-            return batch
+    def val_dataloader(self) -> Any:
+        return RobustDataLoader(Floats(4), batch_size=2, num_workers=1, seeding="batch")
 
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=1e-4)
+    def predict_dataloader(self) -> Any:
+        return RobustDataLoader(Floats(5), batch_size=2, transport="pipe")
 
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        num_sanity_val_steps=1,
+
+class Data(LightningDataModule):
+    """The same, of a data module."""
+
+    train_dataloader = Hooks.train_dataloader
+    val_dataloader = Hooks.val_dataloader
+    predict_dataloader = Hooks.predict_dataloader
+
+
+@pytest.mark.parametrize("where", ["passed", "module", "data module"])
+def test_fit_validate_and_predict(where: str) -> None:
+    """As many steps as batches, wherever the loaders are made; a bad sample is skipped and told of."""
+    trainer, hooks = make_trainer(num_sanity_val_steps=1), Hooks()
+    model = hooks if where == "module" else Model()
+    train: Any = {"passed": (hooks.train_dataloader(), hooks.val_dataloader()), "data module": (Data(),)}.get(where, ())
+    keywords = {"train_dataloaders": train[0], "val_dataloaders": train[1]} if where == "passed" else {}
+    if where == "data module":
+        keywords = {"datamodule": train[0]}
+    with pytest.warns(RobustLoaderWarning, match="sample 3 was skipped"):
+        trainer.fit(model, **keywords)
+    assert [epoch for epoch, _ in model.trained] == [0] * 3 + [1] * 3
+    assert sum(len(batch) for _, batch in model.trained) == 2 * 5
+    assert model.validated == [[0, 1]] + [[0, 1], [2, 3]] * 2
+    loader = trainer.train_dataloader
+    assert (type(loader), loader.faults) == (RobustDataLoader, "skip")
+    assert [(summary.batches, summary.skipped, summary.complete) for summary in loader.summaries] == [(3, 1, True)] * 2
+    assert [record.index for record in loader.fault_log] == [3, 3]
+    assert trainer.val_dataloaders.seeding == "batch"
+
+    model.validated.clear()
+    trainer.validate(model, **({"dataloaders": train[1]} if where == "passed" else keywords))
+    assert model.validated == [[0, 1], [2, 3]]
+    if where == "passed":
+        keywords = {"dataloaders": hooks.predict_dataloader()}
+    predicted = trainer.predict(model, **keywords)
+    assert [batch.flatten().tolist() for batch in predicted] == [[0, 1], [2, 3], [4]]
+    rebuilt = trainer.predict_dataloaders
+    assert (type(rebuilt), rebuilt.transport, rebuilt.summary().batches) == (RobustDataLoader, "pipe", 3)
+
+
+def test_overfit_batches() -> None:
+    """The loader is rebuilt without shuffling: the same few batches again and again, by a loader of the same kind."""
+    trainer, model = make_trainer(overfit_batches=2, max_epochs=3), Model()
+    with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
+        trainer.fit(model, RobustDataLoader(Floats(20), batch_size=2, shuffle=True, num_workers=1, seeding="batch"))
+    assert [batch for _, batch in model.trained] == [[[0.0], [1.0]], [[2.0], [3.0]]] * 3
+    assert (type(trainer.train_dataloader), trainer.train_dataloader.seeding) == (RobustDataLoader, "batch")
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def shuffled(workers: int = 0) -> RobustDataLoader[Any]:
+    generator = torch.Generator().manual_seed(3)
+    return RobustDataLoader(
+        Noisy(20), batch_size=3, shuffle=True, generator=generator, seeding="batch", num_workers=workers
     )
-    model = Model()
-    train = RobustDataLoader(list(range(6)), batch_size=2, num_workers=1, persistent_workers=True, shuffle=True)
-    val = RobustDataLoader(list(range(4)), batch_size=2, num_workers=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(model, train, val)
-        predicted = trainer.predict(model, RobustDataLoader(list(range(5)), batch_size=2))
-    assert model.seen == {"train": 6, "val": 1 + 4}
-    assert [batch.tolist() for batch in predicted] == [[0, 1], [2, 3], [4]]
-    assert [summary.batches for summary in train.summaries] == [3, 3]
 
 
-# --- ignite -----------------------------------------------------------------------------------------------------------
+def distributed() -> RobustDataLoader[Any]:
+    """torch's sampler does not keep the number of the epoch, and Lightning tells it too late when it goes on."""
+    return RobustDataLoader(
+        Noisy(20),
+        batch_size=2,
+        sampler=DistributedSampler(Noisy(20), 2, 1),
+        generator=torch.Generator(),
+        seeding="batch",
+    )
 
 
-def test_ignite_passes_every_public_attribute() -> None:
-    """update_dataloader() hands all of vars() to the constructor, with another batch sampler."""
-    deterministic = pytest.importorskip("ignite.engine.deterministic")
-    original = make_loader()
-    resumable = deterministic.ReproducibleBatchSampler(original.batch_sampler)
-    rebuilt = deterministic.update_dataloader(original, resumable)
-    check_kept(rebuilt, original)
-    assert rebuilt.batch_sampler is resumable
-    assert [list(batch) for batch in rebuilt] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+def elastic() -> RobustDataLoader[Any]:
+    return RobustDataLoader(
+        Noisy(20),
+        batch_size=2,
+        sampler=ElasticDistributedSampler(Noisy(20), 2, 1),
+        generator=torch.Generator(),
+        seeding="batch",
+    )
 
 
-def test_ignite_runs_an_engine() -> None:
-    """Two epochs, and the same again from a deterministic engine."""
-    engine = pytest.importorskip("ignite.engine")
-    seen: list[Any] = []
-    for kind in (engine.Engine, pytest.importorskip("ignite.engine.deterministic").DeterministicEngine):
-        seen.clear()
-        runner = kind(lambda _, batch: seen.append(batch.tolist()))
-        runner.run(RobustDataLoader(list(range(5)), batch_size=2, num_workers=1), max_epochs=2)
-        assert seen == [[0, 1], [2, 3], [4]] * 2
+class Sized(Stream):
+    """Lightning reads ahead unless it knows the length."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Any:
+        yield from torch.arange(float(self.size))[:, None]
 
 
-# --- Accelerate -------------------------------------------------------------------------------------------------------
+def sized() -> RobustDataLoader[Any]:
+    return RobustDataLoader(Sized(20), batch_size=3)
 
 
-def test_accelerate_prepares_a_loader() -> None:
-    """Accelerate always builds a plain DataLoader of its own from attributes, which therefore hold what torch takes."""
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    original = make_loader(collate_fn=None, in_order=True)
-    prepared = accelerator.prepare(original)
-    assert isinstance(prepared, DataLoader)
-    assert [batch.tolist() for batch in prepared] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    assert prepared.num_workers == 1
-    assert prepared.prefetch_factor == 3
-    skipped = accelerate.skip_first_batches(prepared, 2)
-    assert [batch.tolist() for batch in skipped] == [[4, 5], [6, 7], [8, 9]]
+def fit(make: Callable[..., Any], folder: Path, *, ckpt_path: Any = None, **options: Any) -> Model:
+    """One process's part of a run: the model as it was when training ended."""
+    torch.manual_seed(1)
+    model, every = Model(), options.pop("every", {"every_n_train_steps": 1})
+    checkpoint = ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", **every)
+    trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[checkpoint], **options)
+    trainer.fit(model, make(), RobustDataLoader(Floats(4), batch_size=2), ckpt_path=ckpt_path, weights_only=True)
+    return model
 
 
-# --- everyone ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("make", "stops"),
+    [(shuffled, (1, 6, 7, 10, 14)), (distributed, (3, 5, 8)), (elastic, (3, 5, 8)), (sized, (2, 7, 9))],
+    ids=["shuffled", "distributed", "elastic", "iterable"],
+)
+def test_a_checkpoint_is_gone_on_from(make: Any, stops: tuple[int, ...], tmp_path: Path) -> None:
+    """Stopped anywhere, at the end of an epoch too, the rest of the run is what it would have been."""
+    unbroken = fit(make, tmp_path / "unbroken").trained
+    assert [epoch for epoch, _ in unbroken] == sorted(len(unbroken) // 3 * [0, 1, 2])
+    for stop in stops:
+        head = fit(make, tmp_path / f"{stop}", max_steps=stop).trained
+        rest = fit(make, tmp_path / f"rest {stop}", ckpt_path=tmp_path / f"{stop}" / f"step={stop}.ckpt").trained
+        assert len(head) == stop
+        assert [batch for _, batch in head + rest] == [batch for _, batch in unbroken], stop
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_an_epoch_whose_batches_were_all_taken_is_complete(num_workers: int, persistent: bool) -> None:
-    """Lightning and others take ``len()`` batches and never ask for the end: such an epoch was not abandoned."""
-    if persistent and not num_workers:
-        pytest.skip("there are no workers to keep")
-    loader = RobustDataLoader(range(6), batch_size=2, num_workers=num_workers, persistent_workers=persistent)
-    for _ in range(2):
-        iterator = iter(loader)
-        for _ in range(len(loader)):
-            next(iterator)
-    del iterator
-    summary = loader.summary(0)
-    assert (summary.batches, summary.complete) == (3, True)
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 4}], ids=["whole epochs", "limited"])
+def test_a_checkpoint_of_the_end_of_an_epoch(options: dict[str, Any], tmp_path: Path) -> None:
+    """As ModelCheckpoint makes them when nothing else is said. Whole epochs go on with another number of workers; in
+    those that are cut short, how far the sampler has been read depends on it."""
+    every: dict[str, Any] = {"every": {}, **options}
+    unbroken = fit(shuffled, tmp_path / "unbroken", **every).trained
+    steps = len(unbroken) // 3
+    assert steps == options.get("limit_train_batches", 7)
+    saved = tmp_path / "unbroken" / f"step={steps}.ckpt"
+    workers = 0 if options else 2
+    rest = fit(lambda: shuffled(workers), tmp_path / "rest", ckpt_path=saved, **every).trained
+    assert rest == unbroken[steps:]
 
 
-def test_a_loader_survives_a_copy_in_the_middle_of_an_epoch() -> None:
-    """Frameworks deepcopy what holds a loader, whatever it is doing: the copy has the same options."""
-    original = make_loader(seeding="worker", persistent_workers=False)
-    iterator = iter(original)
-    next(iterator)
-    twin = copy.deepcopy(original)
-    assert all(getattr(twin, name) == getattr(original, name) for name in KEPT)
-    assert [sorted(batch) for batch in twin] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+def test_the_trainer_finds_the_callback() -> None:
+    """Through the entry point of the installed package; both packages' trainers."""
+    found = [type(callback).__name__ for callback in make_trainer().callbacks]
+    assert found.count("RobustLoaderResume") == 1
+    assert isinstance(resume_callback(), Callback)
+    (callback,) = pytorch_lightning_callbacks()
+    assert isinstance(callback, importlib.import_module("pytorch_lightning").Callback)
+
+
+def test_states_of_other_loaders_stay_as_they_are() -> None:
+    """Only a state of ours of an epoch that has been read is changed."""
+    theirs, fresh = {"position": 3}, RobustDataLoader(Floats(4)).state_dict()
+    over: dict[str, Any] = {"is_last_batch": True}
+    checkpoint = {"loops": {"fit_loop": {"state_dict": {"combined_loader": [theirs, fresh]}}}}
+    checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"] = over
+    resume_callback().on_load_checkpoint(None, None, checkpoint)
+    assert checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [theirs, fresh]
+    resume_callback().on_load_checkpoint(None, None, {})
+
+
+# --- Fabric -----------------------------------------------------------------------------------------------------------
+
+
+def test_fabric_keeps_every_option() -> None:
+    """Its wrapper has the loader inside; a bad sample is replaced, and the summary is the inner loader's."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    original = RobustDataLoader(Broken(8), batch_size=2, num_workers=1, seeding="batch")
+    wrapped = fabric.setup_dataloaders(original)
+    with pytest.warns(RobustLoaderWarning, match="sample 3 was replaced"):
+        batches = list(wrapped)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+    assert wrapped.seeding == "batch"
+    assert original.summary().replaced == 1
+
+
+@pytest.mark.parametrize("make", [shuffled, distributed, elastic])
+def test_fabric_saves_and_loads(make: Any, tmp_path: Path) -> None:
+    """``fabric.save`` asks the loader inside the wrapper; an epoch in the middle of a run is gone on with."""
+
+    def epochs(count: int) -> tuple[Fabric, Any, Iterator[Any]]:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        loader = fabric.setup_dataloaders(make(), use_distributed_sampler=False)
+        return fabric, loader, (batch.tolist() for _ in range(count) for batch in loader)
+
+    _, loader, batches = epochs(2)
+    unbroken = list(batches)
+    fabric, loader, batches = epochs(2)
+    stop = len(loader) + 2
+    head = [next(batches) for _ in range(stop)]
+    fabric.save(tmp_path / "saved", {"loader": loader})
+    fabric, loader, batches = epochs(1)
+    loader._num_iter_calls = 1  # Fabric itself does not save which epoch it is in
+    fabric.load(tmp_path / "saved", {"loader": loader})
+    assert head + list(batches) == unbroken
