@@ -77,3 +77,12 @@ class Noisy(Floats):
 
     def load(self, index: int) -> Any:
         return torch.tensor([float(index), torch.rand(())])
+
+
+class Flawed(Noisy):
+    """The same; sample 3 raises."""
+
+    def load(self, index: int) -> Any:
+        if index == 3:
+            raise ValueError(index)
+        return super().load(index)
