@@ -44,6 +44,7 @@ def train() -> None:
 
 if __name__ == "__main__":
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"  # for a slow machine
     import ray.train.torch
 
     with tempfile.TemporaryDirectory(prefix="ray") as folder:

@@ -130,6 +130,22 @@ def test_skip_first_batches_keeps_the_options() -> None:
     assert type(accelerate.skip_first_batches(prepared, 2).base_dataloader) is DataLoader
 
 
+def test_skipping_after_load_state(tmp_path: Path) -> None:
+    """The way without a state, as Accelerate's own documentation has it: the same order, then whole epochs."""
+    accelerator, loader = shuffled(seedable=True, how="nothing", folder=tmp_path)
+    unbroken = [[x[0] for x in batch.tolist()] for _ in range(2) for batch in loader]
+    accelerator, loader = shuffled(seedable=True, how="nothing", folder=tmp_path)
+    head = [[x[0] for x in batch.tolist()] for batch in itertools.islice(loader, 3)]
+    accelerator.save_state(str(tmp_path / "saved"))
+    accelerator, loader = shuffled(seedable=True, how="nothing", folder=tmp_path)
+    accelerator.load_state(str(tmp_path / "saved"))
+    with robust_dataloaders():
+        skipped = accelerator.skip_first_batches(loader, 3)
+    rest = [[x[0] for x in batch.tolist()] for batch in skipped]
+    loader.set_epoch(1)
+    assert head + rest + [[x[0] for x in batch.tolist()] for batch in loader] == unbroken
+
+
 def shuffled(*, seedable: bool, how: str, folder: Path, num_workers: int = 0) -> tuple[Any, Any]:
     """An accelerator and a shuffled loader that it keeps the state of, as a fresh process would make them."""
     torch.manual_seed(11)
