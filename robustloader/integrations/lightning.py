@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from robustloader.loader import RobustDataLoader
 from robustloader.telemetry.labels import require
 
-__all__ = ["lightning_callbacks", "pytorch_lightning_callbacks", "resume_callback"]
+__all__ = ["resume_callback"]
 
 
 class _AtEpochEnd:
