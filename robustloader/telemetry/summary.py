@@ -187,6 +187,9 @@ class EpochSummary:
     peak_trainer_bytes: int = 0
     resizes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resizes", tuple(self.resizes))  # JSON has lists: a summary read back is the same
+
     @property
     def stragglers(self) -> tuple[int, ...]:
         """The workers that take at least twice as long per batch as the median of the others."""
