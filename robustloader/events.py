@@ -25,6 +25,7 @@ __all__ = [
     "FaultRecord",
     "MemoryLow",
     "PoolHealed",
+    "PoolResized",
     "PoolShrunk",
     "SampleFaulted",
     "SampleReplaced",
@@ -260,6 +261,15 @@ class PoolHealed(Event):
     """
 
     workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolResized(Event):
+    """``num_workers="auto"`` goes on with ``workers`` processes instead of ``before``, for ``reason``."""
+
+    before: int
+    workers: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

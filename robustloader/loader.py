@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
+from robustloader.decisions.adaptation import Adaptation
 from robustloader.decisions.workers import AutoWorkers
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
@@ -65,8 +66,11 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             loads it, with any number of workers.
         transport: how batches cross between processes: "arena" (shared memory that workers fill and the training
             process reads in place), "pipe" (copied through a socket), or "auto": the arena where the system has memfd.
-        num_workers: besides torch's numbers, "auto": as many as there are processors to use, for all the ranks of
-            this machine (``LOCAL_WORLD_SIZE``) together.
+        num_workers: besides torch's numbers, "auto": to begin with as many as there are processors to use, for all the
+            ranks of this machine (``LOCAL_WORLD_SIZE``) together. With a map-style dataset, the loader then adds
+            workers while the loop waits and processors are idle, and lets those go that bring nothing; each such step
+            is an event (:class:`PoolResized`) and a line of the summary. The attribute stays what it was;
+            ``active_workers`` tells how many there are.
         kwargs: passed on to torch's constructor, for parameters that a newer torch may have.
 
     *Runs in* the training process, in whichever thread calls ``iter`` and ``next``; one thread at a time per iterator.
@@ -143,6 +147,10 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         self._journal = Journal()
         self._continuation = Continuation()
         self._measured = Measured()
+        self._adaptation: Adaptation | None = None
+        if isinstance(num_workers, AutoWorkers) and not torch_private.is_iterable(self):
+            least = recovery.min_workers if recovery is not None else 1
+            self._adaptation = Adaptation(workers=num_workers, cores=num_workers, least=least)
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # --- iterating
@@ -196,6 +204,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             batch_size=int(getattr(self.batch_sampler, "batch_size", None) or 0),
             dataset=self.dataset,
             measured=self._measured,
+            adaptation=self._adaptation,
         )
         iterator: InProcessIterator | MultiprocessIterator
         # What an iterable epoch began without workers has no shards to share out: its rest is loaded without them too.

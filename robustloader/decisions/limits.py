@@ -17,6 +17,7 @@ __all__ = [
     "Memory",
     "Processes",
     "Relief",
+    "Room",
     "SharedMemory",
     "Shortage",
     "Start",
@@ -29,6 +30,7 @@ __all__ = [
     "plan_lookahead",
     "plan_recycle",
     "plan_relief",
+    "plan_room",
     "plan_start",
     "shm_remedy",
 ]
@@ -194,6 +196,56 @@ def plan_start(workers: int, descriptors: Descriptors, processes: Processes) -> 
 def _round_up(number: int) -> int:
     """The next power of two, from 1,024 on."""
     return max(1024, 1 << (number - 1).bit_length())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How many more workers a running pool may have.
+
+    Attributes:
+        workers: so many.
+        reason: why not as many as were asked for; empty where there is room for them.
+        soft: the soft descriptor limit to set first; None leaves it.
+    """
+
+    workers: int
+    reason: str = ""
+    soft: int | None = None
+
+
+def plan_room(
+    extra: int,
+    *,
+    descriptors: Descriptors,
+    processes: Processes,
+    memory: Memory,
+    fraction: float,
+    batch_bytes: int,
+    worker_bytes: int,
+    prefetch_factor: int,
+    ranks: int = 1,
+) -> Room:
+    """How many of ``extra`` further workers fit beside those that run.
+
+    Args:
+        extra: workers to add.
+        descriptors, processes, memory: as they are now.
+        fraction: share of the memory to keep free.
+        batch_bytes: size of a batch; each worker brings its lookahead and one batch more.
+        worker_bytes: what a worker holds for itself.
+        prefetch_factor: batches ahead per worker.
+        ranks: processes of this job on this machine, which may all want more at the same time.
+    """
+    start = plan_start(extra, descriptors, processes)
+    fit, reason = start.workers, start.shortages[-1].text if start.shortages else ""
+    each = worker_bytes + (prefetch_factor + 1) * batch_bytes
+    free = max(0, memory.free_bytes - headroom_bytes(memory, fraction)) // max(1, ranks)
+    if fit * each > free:
+        fit = free // each
+        reason = (
+            f"{gib(free)} of memory are free for this rank above the headroom, and a worker takes about {gib(each)}"
+        )
+    return Room(workers=fit, reason=reason, soft=start.soft if fit else None)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from robustloader.decisions.limits import (
 
 __all__ = [
     "KNEE_GAIN",
+    "OVERSUBSCRIPTION",
     "Advice",
     "Block",
     "Ceiling",
@@ -232,8 +233,9 @@ class Explorer:
 
     @property
     def rates(self) -> dict[int, float]:
-        """Median batches per second, by workers."""
-        return {n: statistics.median(block.rate for block in self.blocks[n]) for n in sorted(self.blocks)}
+        """Median batches per second, by workers; what was measured and has turned out not to fit is left out."""
+        allowed = sorted(self.blocks.keys() & set(self.grid))
+        return {n: statistics.median(block.rate for block in self.blocks[n]) for n in allowed}
 
     def _review(self) -> None:
         rates = self.rates
@@ -318,6 +320,9 @@ class Advice:
 def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float, ceiling: Ceiling | None) -> Advice:
     """The recommendation that follows from what was measured.
 
+    What was measured above the ceiling (it may have come down meanwhile, as workers proved large) stays in the rows and
+    is not recommended; where all of it is above, the ceiling itself is.
+
     Raises:
         ValueError: nothing was measured.
     """
@@ -345,13 +350,20 @@ def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float
                 rounds=len(rates),
             )
         )
-    best = choose({row.num_workers: row.batches_per_s for row in rows})
+    allowed = [row for row in rows if ceiling is None or row.num_workers <= ceiling.workers]
+    if ceiling is not None and not allowed:
+        reason = f"Nothing that was measured fits, and {ceiling.workers} is the most that does: {ceiling.reason}."
+        return Advice(rows=tuple(rows), best=ceiling.workers, verdict="as fast as possible", reason=reason)
+    best = choose({row.num_workers: row.batches_per_s for row in allowed})
     chosen = next(row for row in rows if row.num_workers == best)
     verdict: Verdict = "as fast as possible"
     if step_s:
         enough = chosen.wait_fraction <= KNEE_GAIN
         verdict = "data is not your bottleneck" if enough else "data is the bottleneck"
-    return Advice(rows=tuple(rows), best=best, verdict=verdict, reason=_reason(rows, chosen, verdict, step_s, ceiling))
+    reason = _reason(allowed, chosen, verdict, step_s, ceiling)
+    if ceiling is not None and len(allowed) < len(rows) and ceiling.reason not in reason:
+        reason += f" More than {ceiling.workers} do not fit: {ceiling.reason}."
+    return Advice(rows=tuple(rows), best=best, verdict=verdict, reason=reason)
 
 
 def _unit_rate(blocks: dict[int, list[Block]], model: Model | None) -> float:

@@ -22,6 +22,7 @@ from robustloader.errors import RestartBudgetError, WorkerCrashError
 from robustloader.events import (
     Event,
     PoolHealed,
+    PoolResized,
     PoolShrunk,
     WorkerCrashed,
     WorkerHung,
@@ -62,11 +63,15 @@ class Slot:
 
     Attributes:
         state: "live" (there is a process), "waiting" (for its restart), "starting" (off the calling thread),
-            "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk).
+            "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk), "reserve" (the pool
+            was made smaller by choice, and may grow into this slot again).
         streak: deaths in a row without a finished task between them.
         leaving: why this slot's process goes once its tasks are done: "recycle" (another takes its place), "retire"
-            (the pool goes on without it), or "" for none of it; ``held_bytes`` and ``leaving_reason`` tell more.
-        recycled: the next process follows one that was replaced, not one that died.
+            (the pool goes on without it), "reserve" (likewise, by choice), or "" for none of it; ``held_bytes`` and
+            ``leaving_reason`` tell more.
+        recycled: the next process follows one that was replaced, or none, not one that died.
+        new: the pool has grown by this slot, and no process of it has been ready: it gets no tasks that others would
+            have to wait for.
         trials: samples to be tried alone in this slot's next fresh process; ``trial`` is the one under way.
         ended, batches, calls, blame, rng, snapshot, orders: iterable only. Whether this shard has ended, how many of
             its batches have arrived, how often its stream was read for them, what its processes have died of since, the
@@ -85,6 +90,7 @@ class Slot:
     leaving_reason: str = ""
     held_bytes: int = 0
     recycled: bool = False
+    new: bool = False
     trials: deque[TrialCase] = field(default_factory=deque)
     trial: TrialCase | None = None
     ended: bool = False
@@ -98,7 +104,12 @@ class Slot:
     @property
     def takes_tasks(self) -> bool:
         """Whether new tasks may go to this slot's process now."""
-        return self.state == "live" and self.trial is None and not self.trials and not self.leaving
+        return self.state == "live" and self.trial is None and not self.trials and not self.leaving and not self.new
+
+    @property
+    def counts(self) -> bool:
+        """Whether the lookahead holds batches for this slot."""
+        return self.state != "reserve" and self.leaving != "reserve"
 
 
 class Crew:
@@ -113,6 +124,7 @@ class Crew:
 
     Attributes:
         memory_low: the pool must not grow back now.
+        memory_killed: the kernel's memory killer has taken a worker.
     """
 
     def __init__(
@@ -138,6 +150,7 @@ class Crew:
         self._since_shrink = 0
         self.failed_starts = 0
         self.memory_low = False
+        self.memory_killed = False
         self.anyone_ready = False
         if policy is not None:
             self.budget = RestartBudget(
@@ -199,7 +212,9 @@ class Crew:
         if code == 1 and not died.worker.ready:
             return "start"  # Python's exit status after an exception in multiprocessing's own start-up
         if code == -signal.SIGKILL:
-            return "memory" if self._oom_kills > kills else "killed"
+            memory = self._oom_kills > kills
+            self.memory_killed = self.memory_killed or memory
+            return "memory" if memory else "killed"
         if code == -signal.SIGBUS:
             return "shared memory"
         if code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
@@ -234,6 +249,9 @@ class Crew:
         worker = slot.worker
         if worker is not None and worker.finished:
             slot.streak = 0
+        if slot.leaving == "reserve":  # a death comes before the choice: recovery decides what becomes of the slot
+            self.size += 1
+            self.recording.active_workers = self.size
         slot.worker = None
         slot.leaving = ""
         slot.streak += 1
@@ -268,6 +286,9 @@ class Crew:
         if leaving == "retire":
             self.retire(slot, slot.leaving_reason)
             return
+        if leaving == "reserve":
+            slot.state = "reserve"
+            return
         slot.state, slot.recycled, slot.streak = "waiting", True, 0
         slot.due_ns, slot.waited_s = 0, 0.0
         self.emit(
@@ -279,6 +300,64 @@ class Crew:
                 limit_bytes=limit_bytes or 0,
             )
         )
+
+    # --- a pool that follows the run
+
+    @property
+    def resizing(self) -> bool:
+        """Whether a process that the pool grew by is still on its way."""
+        return any(slot.new and slot.state in ("live", "waiting", "starting") for slot in self.slots)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every worker that there should be is there: none is dead, on its way or leaving."""
+        return sum(slot.takes_tasks for slot in self.slots) == self.size and not any(s.leaving for s in self.slots)
+
+    def grow(self, workers: int, reason: str) -> None:
+        """Start further processes, as many as make the pool ``workers`` large."""
+        before, added = self.size, workers - self.size
+        for slot in [*self.slots, *(Slot(len(self.slots) + number, state="reserve") for number in range(added))]:
+            if self.size == workers:
+                break
+            if slot.state != "reserve":
+                continue
+            if slot.worker_id == len(self.slots):
+                self.slots.append(slot)
+            self.size += 1
+            slot.streak, slot.new = 0, True
+            self.schedule(slot)
+            slot.recycled = True
+        self._tell_resized(before, reason)
+
+    def lay_off(self, workers: int, reason: str) -> list[Slot]:
+        """Let the last workers go once they have nothing to do, as many as leave ``workers``; returns their slots."""
+        before = self.size
+        there = [slot for slot in self.slots if slot.takes_tasks]
+        slots = there[len(there) - max(0, before - workers) :]
+        for slot in slots:
+            slot.leaving, slot.leaving_reason = "reserve", reason
+        self.size -= len(slots)
+        self._tell_resized(before, reason)
+        return slots
+
+    def can_do_without(self, slot: Slot) -> bool:
+        """Whether a slot is one that the pool was to grow by, and there are enough workers without it."""
+        return slot.new and self.size > (self.policy.min_workers if self.policy is not None else 1)
+
+    def withdraw(self, slot: Slot, reason: str) -> None:
+        """A process that the pool was to grow by cannot be had: without it, as before. Costs no restart credit."""
+        before = self.size
+        slot.worker, slot.state, slot.new = None, "reserve", False
+        slot.incarnation += 1
+        self.size -= 1
+        self._tell_resized(before, reason)
+
+    def _tell_resized(self, before: int, reason: str) -> None:
+        self.recording.active_workers = self.size
+        self.emit(PoolResized(epoch=self.recording.epoch, before=before, workers=self.size, reason=reason))
+        logger.info("the pool goes on with %d instead of %d workers: %s", self.size, before, reason)
+
+    # --- fewer workers
 
     def retire(self, slot: Slot, reason: str) -> None:
         """The pool goes on without this slot."""
@@ -318,9 +397,9 @@ class Crew:
                 self._heal()
 
     def _heal(self) -> None:
-        if not self._heals or self.memory_low or not 0 < self.size < len(self.slots):
+        slot = next((slot for slot in self.slots if slot.state == "retired"), None)
+        if not self._heals or self.memory_low or slot is None or self.size <= 0:
             return
-        slot = next(slot for slot in self.slots if slot.state == "retired")
         self.size += 1
         self.recording.active_workers = self.size
         slot.streak = 0

@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from robustloader.decisions.adaptation import Step
 from robustloader.decisions.blame import ShardBlame
 from robustloader.decisions.keys import index_key, once_only
 from robustloader.decisions.ledger import Task
 from robustloader.decisions.limits import plan_recycle
+from robustloader.engine.adapting import Adapter
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import StandIn, batch_nbytes, calls_of
-from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits
+from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits, auto_ceiling
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
@@ -107,6 +109,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         else:
             super().__init__(loader)
         self._resume_from = resume
+        adaptation = options.adaptation
+        if adaptation is not None:  # num_workers="auto": as many as the last epoch came to
+            self.num_workers = adaptation.workers
         # An iterable epoch keeps its shards to its end; the loader's own number of workers comes with the next one.
         self.once = resume is not None and options.iterable and resume.state.workers != self.num_workers
         if resume is not None and self.once:
@@ -122,7 +127,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._persistent = loader.persistent_workers and not self.once
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
-        self._arena, self._no_arena = arena_limits(options.transport, options.memory, self.num_workers)
+        most = self.num_workers if adaptation is None else max(self.num_workers, auto_ceiling())
+        self._arena, self._no_arena = arena_limits(options.transport, options.memory, most)
         self._happenings: deque[Happening] = deque()
         self._size_awaited = False
         self._held: deque[Task] = deque()
@@ -166,6 +172,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             heals=not options.iterable,
         )
         self._recovery = Recovery(self._books, self._crew, self._policy)
+        # Only with num_workers="auto".
+        self._adapter = Adapter(adaptation, self._crew, self._guard) if adaptation is not None else None
         try:
             self._open_books()
             if resume is not None and options.iterable:
@@ -269,6 +277,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             "indices": self._stream_indices,
             "rng": slot.rng,
             "arena": self._arena,
+            "num_workers": max(self.num_workers, slot.worker_id + 1),
         }
 
     def _start_workers(self, startable: int, shortage: ResourceError | None) -> None:
@@ -329,8 +338,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._held.clear()
         self._size_awaited = self._guard.awaits_size and self._prefetch > UNSIZED_PREFETCH and not self._recovery.local
         ahead = UNSIZED_PREFETCH if self._size_awaited and self._options.iterable else self._prefetch
-        for _ in range(ahead * sum(not slot.ended for slot in self._crew.slots)):
+        for _ in range(ahead * sum(slot.counts and not slot.ended for slot in self._crew.slots)):
             self._put()
+        if self._adapter is not None:
+            self._adapter.settle(len(self._books.ledger))
 
     def _resume(self, worker: Worker) -> None:
         worker.run = self._books.run
@@ -424,7 +435,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if self._options.seeding == "batch":
             return min(self._crew.live, key=lambda slot: ledger.waiting_for(slot.worker_id), default=None)
         if not self._in_order:
-            capacity = self._prefetch * self.num_workers // max(1, len(self._crew.live))
+            capacity = self._prefetch * len(slots) // max(1, len(self._crew.live))
         for _ in slots:
             slot = slots[self._cycle % len(slots)]
             self._cycle += 1
@@ -541,6 +552,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             raise error
         books.recording.delivered(result.samples, result.nbytes)
         books.recording.waited(now - begun, self._lay_ready, now)
+        if self._adapter is not None and not self._drained and not books.closing:
+            step = self._adapter.delivered(now - begun, result.load_ns, now, self._prefetch)
+            if step is not None:
+                self._resize(step)
         return batch
 
     def _finish(self) -> None:
@@ -592,6 +607,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._on_died(happening)
                 elif isinstance(happening, Started):
                     self._on_started(happening.worker)
+                elif self._crew.can_do_without(self._crew.slot_of(happening.worker)):
+                    self._do_without(self._crew.slot_of(happening.worker), str(happening.error))
                 else:
                     self._recovery.on_not_started(happening)
                     self._end_holding()
@@ -664,6 +681,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._on_task_message(message, slot, worker, frame)
         elif isinstance(message, Ready):
             worker.ready = self._crew.anyone_ready = True
+            slot.new = False
+            if self._adapter is not None:
+                self._widen()
         elif isinstance(message, StartFailed):
             self._on_start_failed(worker, message.raised)
             return
@@ -811,8 +831,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _on_start_failed(self, worker: Worker, raised: Raised) -> None:
         """A worker said why it cannot work. Of a first incarnation that is an error; a later one just died."""
+        slot = self._crew.slot_of(worker)
+        if slot.worker is worker and self._crew.can_do_without(slot):
+            worker.dismissed = True
+            self._do_without(slot, f"{raised.error_type}: {raised.message}")
+            return
         worker.killed_for = "start"
-        if worker.incarnation > 0 and self._policy is not None:
+        if (worker.incarnation > 0 or slot.new) and self._policy is not None:
             return
         worker.dismissed = True  # its end is no crash
         cause = rebuild(raised, index=None, worker_id=worker.worker_id, pid=worker.pid)
@@ -885,7 +910,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _lower_prefetch(self, prefetch_factor: int) -> None:
         """Load fewer batches ahead: as many as there are too many under way are not asked for."""
-        slots = self._crew.slots
+        slots = [slot for slot in self._crew.slots if slot.counts]
         shards = sum(not slot.ended and slot.state not in ("retired", "ended") for slot in slots)
         self._put_ahead += (self._prefetch - prefetch_factor) * (shards if self._options.iterable else len(slots))
         self._prefetch = prefetch_factor
@@ -893,10 +918,44 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _take_away(self, workers: int, reason: str) -> None:
         """Let workers go once they have nothing to do, the last ones first, and their lookahead with them."""
         self._crew.memory_low = True
+        if self._adapter is not None:
+            self._adapter.cannot_exceed(max(1, self._crew.size - workers))
         for slot in [slot for slot in self._crew.slots if slot.takes_tasks][-workers:]:
             slot.leaving, slot.leaving_reason = "retire", reason
             self._put_ahead += self._prefetch
             self._feed(slot)
+
+    # --- num_workers="auto"
+
+    def _resize(self, step: Step) -> None:
+        """Go on with more workers, or with fewer."""
+        crew, adapter = self._crew, self._adapter
+        assert adapter is not None
+        if step.workers > crew.size:
+            crew.grow(step.workers, step.reason)
+        elif step.workers < crew.size:
+            for slot in crew.lay_off(step.workers, step.reason):
+                self._put_ahead += self._prefetch
+                self._feed(slot)
+        adapter.settle(len(self._books.ledger))
+
+    def _widen(self) -> None:
+        """Load as far ahead as is due to the workers there are now, no more and no less."""
+        books, before = self._books, -1
+        if books.error is not None:  # this is the end: there may be nobody to give anything to
+            return
+        wanted = self._prefetch * sum(slot.counts for slot in self._crew.slots)
+        while len(books.ledger) < wanted and before < books.ledger.next_id:
+            before = books.ledger.next_id
+            self._put()
+        self._put_ahead = max(0, len(books.ledger) - wanted)
+
+    def _do_without(self, slot: Slot, error: str) -> None:
+        """A process that the pool was to grow by cannot be had: that is no reason to stop, nor to try again."""
+        self._crew.withdraw(slot, f"a further worker could not be started: {error}")
+        self._widen()
+        if self._adapter is not None:
+            self._adapter.cannot_exceed(self._crew.size)
 
     # --- shards without a process, and the training process as a worker
 

@@ -10,10 +10,12 @@ import logging
 import mmap
 import os
 import time
+from dataclasses import replace
 
 from robustloader.decisions.limits import (
     Lookahead,
     Relief,
+    Room,
     Shortage,
     exhaustion_hint,
     gib,
@@ -22,9 +24,11 @@ from robustloader.decisions.limits import (
     plan_arena_bytes,
     plan_lookahead,
     plan_relief,
+    plan_room,
     plan_start,
     shm_remedy,
 )
+from robustloader.decisions.tuning import OVERSUBSCRIPTION
 from robustloader.engine.options import Measured
 from robustloader.errors import ResourceError, warn_user
 from robustloader.events import MemoryLow
@@ -34,7 +38,7 @@ from robustloader.system.mapping import SharedMapping
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.arena import ArenaLimits
 
-__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits"]
+__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits", "auto_ceiling"]
 
 logger = logging.getLogger("robustloader")
 
@@ -184,6 +188,33 @@ class MemoryGuard:
         self._report(plan.shortage, recording, action)
         return plan if policy.on_low == "adapt" else asked
 
+    # --- before further workers are started
+
+    def room(self, extra: int, *, prefetch_factor: int, worker_bytes: int, ranks: int) -> Room:
+        """How many of ``extra`` further workers fit now. Raises the soft descriptor limit if need be and allowed.
+
+        Looks also where the policy is None: whoever chooses the number of workers answers for what they take.
+        """
+        policy = self.policy
+        descriptors = limits.open_descriptors()
+        if policy is None or policy.on_low != "adapt":  # the soft limit stays what it is
+            descriptors = replace(descriptors, hard=min(descriptors.hard, descriptors.soft))
+        room = plan_room(
+            extra,
+            descriptors=descriptors,
+            processes=limits.read_processes(),
+            memory=limits.read_memory(),
+            fraction=(policy or MemoryPolicy()).headroom_fraction,
+            batch_bytes=self.measured.batch_bytes,
+            worker_bytes=worker_bytes,
+            prefetch_factor=prefetch_factor,
+            ranks=ranks,
+        )
+        if room.soft is not None:
+            limits.raise_descriptor_limit(room.soft)
+            logger.info("raised the soft limit of open files from %d to %d", descriptors.soft, room.soft)
+        return room
+
     # --- while it runs
 
     def due(self, now_ns: int) -> bool:
@@ -306,6 +337,11 @@ def _resource_error(shortages: list[Shortage]) -> ResourceError:
         free_bytes=first.free if in_bytes else 0,
         remedy="; ".join(shortage.remedy for shortage in shortages),
     )
+
+
+def auto_ceiling() -> int:
+    """The most workers that ``num_workers="auto"`` may come to on this machine."""
+    return OVERSUBSCRIPTION * max(1, limits.usable_cpus() // limits.local_world_size())
 
 
 def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers: int) -> tuple[ArenaLimits | None, str]:

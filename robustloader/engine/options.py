@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from robustloader.decisions.adaptation import Adaptation
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Journal, Opened, Resumption
 from robustloader.policies import FaultPolicy, MemoryPolicy, RecoveryPolicy, Seeding, Transport
@@ -58,6 +59,7 @@ class EngineOptions:
         resume: None, or where the epoch goes on that the next iterator is for.
         opened: None, or what was done for an iterator that begins a whole epoch in a run that goes on.
         stateful_sampler: the sampler that keeps its own state; None where none does.
+        adaptation: what ``num_workers="auto"`` has come to, for a map-style dataset; None leaves the number alone.
         iterable, batched: the kind of dataset, and whether the loader makes batches itself.
         batch_size: indices that the sampler gives for a batch that is not the last; 0 where it does not say.
     """
@@ -79,3 +81,4 @@ class EngineOptions:
     batch_size: int
     dataset: Any
     measured: Measured = field(default_factory=Measured)
+    adaptation: Adaptation | None = None

@@ -350,7 +350,7 @@ class Recovery:
             if not slot.ended:
                 self.orphans.append(slot)
             return
-        heir = next((other for other in self.crew.slots if other.state not in ("retired", "ended")), None)
+        heir = next((other for other in self.crew.slots if other.state not in ("retired", "ended", "reserve")), None)
         if heir is not None:
             heir.trials.extend(slot.trials)
             slot.trials.clear()

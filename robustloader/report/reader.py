@@ -310,6 +310,11 @@ _ACTS: dict[str, Callable[[_Account, float, dict[str, Any]], None]] = {
         )
     ),
     "PoolHealed": _incident(lambda entry: f"The pool grew back to {entry.get('workers')} workers"),
+    "PoolResized": _incident(
+        lambda entry: (
+            f"num_workers=auto: {entry.get('workers')} instead of {entry.get('before')} workers: {entry.get('reason')}"
+        )
+    ),
     "MemoryLow": _incident(
         lambda entry: (
             f"Memory is low: {_number(entry.get('free_bytes')) / 2**20:,.0f} MiB free, "

@@ -12,6 +12,7 @@ import mmap
 import os
 import select
 import signal
+import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing import reduction, resource_tracker
@@ -24,11 +25,13 @@ __all__ = [
     "Lifeline",
     "SharedPage",
     "close_in_forked_children",
+    "cpu_time_ns",
     "free_memory_bytes",
     "has_pidfd",
     "hold_lifeline",
     "memory_kills",
     "open_pidfd",
+    "queue_time_ns",
     "release_signals",
     "signal_name",
     "signals_held",
@@ -107,6 +110,29 @@ def has_pidfd() -> bool:
     if fd is not None:
         os.close(fd)
     return fd is not None
+
+
+def cpu_time_ns(pid: int) -> int | None:
+    """Processor time of another process so far, in nanoseconds; None where it is gone.
+
+    One system call, where reading ``/proc`` takes some fifty microseconds and counts in hundredths of a second.
+    *Source*: clock_getcpuclockid(3); the clock's number is made as in Linux's ``include/linux/posix-timers.h``
+    (``make_process_cpuclock`` of ``CPUCLOCK_SCHED``).
+    """
+    try:
+        return time.clock_gettime_ns((~pid << 3) | 2)
+    except OSError:
+        return None
+
+
+def queue_time_ns(pid: int) -> int:
+    """How long a thread (a process's number names its first one) has waited for a processor while it could have run, in
+    nanoseconds; 0 where the kernel does not tell.
+
+    *Source*: ``/proc/<pid>/schedstat``, the second number (Linux's ``Documentation/scheduler/sched-stats.rst``).
+    """
+    numbers = read_text(f"/proc/{pid}/schedstat").split()
+    return int(numbers[1]) if len(numbers) == 3 else 0
 
 
 def signal_name(exitcode: int | None) -> str | None:

@@ -11,6 +11,7 @@ from robustloader.events import (
     Event,
     MemoryLow,
     PoolHealed,
+    PoolResized,
     PoolShrunk,
     SampleFaulted,
     ShardEnded,
@@ -119,7 +120,7 @@ class OpenTelemetrySink(ConfiguredSink):
                 self._add("shards", 1)
             case TransportDegraded():
                 self._add("degraded", 1)
-            case PoolShrunk(workers=workers) | PoolHealed(workers=workers):
+            case PoolShrunk(workers=workers) | PoolHealed(workers=workers) | PoolResized(workers=workers):
                 self._set("workers", workers)
             case _:
                 pass

@@ -23,6 +23,7 @@ from robustloader.events import (
     Event,
     FaultRecord,
     PoolHealed,
+    PoolResized,
     PoolShrunk,
     SampleFaulted,
     SampleReplaced,
@@ -45,6 +46,9 @@ _logger = logging.getLogger("robustloader")
 
 _NEVER_NS = 1 << 63
 """Later than any reading of the monotonic clock."""
+
+_KEPT_RESIZES = 32
+"""Of each epoch; there are seldom more than a handful."""
 
 _loaders = itertools.count()
 
@@ -97,7 +101,9 @@ class EpochRecording:
         restarts: processes started in a dead worker's place.
         replayed_tasks: tasks given out again.
         recycled: workers replaced because they held too much memory.
-        active_workers: worker processes that load now, as PoolShrunk and PoolHealed told; the engine may set it.
+        active_workers: worker processes that load now, as PoolShrunk, PoolHealed and PoolResized told; the engine may
+            set it.
+        resizes: what ``num_workers="auto"`` did and why, one line each.
     """
 
     __slots__ = (
@@ -118,6 +124,7 @@ class EpochRecording:
         "_waits",
         "_workers",
         "_workers_requested",
+        "_workers_wanted",
         "active_workers",
         "batches",
         "bytes",
@@ -129,6 +136,7 @@ class EpochRecording:
         "recycled",
         "replaced",
         "replayed_tasks",
+        "resizes",
         "restarts",
         "retries",
         "samples",
@@ -157,7 +165,8 @@ class EpochRecording:
         self._ready = 0
         self._workers: dict[int | None, _Tally] = {}
         self.epoch = epoch
-        self.active_workers = workers
+        self.active_workers = self._workers_wanted = workers
+        self.resizes: tuple[str, ...] = ()
         self.batches = self.samples = self.bytes = 0
         self.faults = self.retries = self.replaced = self.skipped = self.quarantined = 0
         self.crashes = self.hangs = self.restarts = self.replayed_tasks = self.recycled = 0
@@ -326,6 +335,13 @@ class EpochRecording:
                 self.recycled += 1
             case PoolShrunk(workers=workers) | PoolHealed(workers=workers):
                 self.active_workers = workers
+            case PoolResized(before=before, workers=workers, reason=reason):
+                self.active_workers = workers
+                self._workers_wanted += workers - before
+                self.resizes = (
+                    *self.resizes[-_KEPT_RESIZES + 1 :],
+                    f"batch {self.batches}: {before} → {workers}, as {reason}",
+                )
             case _:
                 pass
 
@@ -411,6 +427,7 @@ class EpochRecording:
             advice=advise(facts),
             first_wait_s=facts.first_wait_s,
             peak_trainer_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            resizes=self.resizes,
         )
 
     def _tallies(self) -> list[tuple[int | None, _Tally]]:
@@ -450,7 +467,7 @@ class EpochRecording:
             first_wait_s=_s(self._first_wait_ns),
             step_s=now.step_s,
             deaths=now.crashes + now.hangs,
-            workers_requested=self._workers_requested,
+            workers_requested=self._workers_wanted,
             workers_at_end=now.active_workers,
             usable_cpus=self._usable_cpus,
             persistent=self._persistent,

@@ -16,6 +16,7 @@ _WIDTH = 100
 _LABEL = 11
 _WORKER_ROWS = 8
 _ADVICE_LINES = 4
+_SHOWN_RESIZES = 3
 _NAMED_STRAGGLERS = 4
 
 
@@ -144,6 +145,7 @@ class EpochSummary:
         advice: the one thing worth doing, as a sentence.
         first_wait_s: seconds the loop waited for its first batch, which holds the start of the workers.
         peak_trainer_bytes: most resident memory of the training process since it began, in bytes.
+        resizes: what ``num_workers="auto"`` did and why, one line each, oldest first; the last 32.
     """
 
     epoch: int
@@ -183,6 +185,10 @@ class EpochSummary:
     advice: str
     first_wait_s: float = 0.0
     peak_trainer_bytes: int = 0
+    resizes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resizes", tuple(self.resizes))  # JSON has lists: a summary read back is the same
 
     @property
     def stragglers(self) -> tuple[int, ...]:
@@ -190,8 +196,12 @@ class EpochSummary:
         return tuple(worker.worker_id for worker in self.workers if worker.straggler and worker.worker_id is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as a plain, JSON-able dict; ``workers`` is a list of dicts."""
-        return {**asdict(self), "workers": [asdict(worker) for worker in self.workers]}
+        """The summary as a plain, JSON-able dict; ``workers`` is a list of dicts, ``resizes`` one of strings."""
+        return {
+            **asdict(self),
+            "workers": [asdict(worker) for worker in self.workers],
+            "resizes": list(self.resizes),
+        }
 
     def __str__(self) -> str:
         lines = [
@@ -208,6 +218,7 @@ class EpochSummary:
             _columns("  load", map(as_seconds, (self.load_p50_s, self.load_p95_s, self.load_p99_s))),
             *_failures(self),
             *_workers(self),
+            *_resizes(self),
             _line("verdict", self.verdict),
             *_paragraph("advice", self.advice),
         ]  # fmt: skip
@@ -306,6 +317,12 @@ def _workers(summary: EpochSummary) -> list[str]:
             f"{as_seconds(max(w.load_p95_s for w in folded))}, {as_count(sum(w.restarts for w in folded))} restarts"
         )
     return lines
+
+
+def _resizes(summary: EpochSummary) -> list[str]:
+    """What became of ``num_workers="auto"``: the last steps, each on a line."""
+    shown = summary.resizes[-_SHOWN_RESIZES:]
+    return [_line("auto" if number == 0 else "", step) for number, step in enumerate(shown)]
 
 
 def _nonzero(*parts: tuple[int, str]) -> list[str]:

@@ -150,7 +150,7 @@ def memory_group() -> Iterator[str]:
 
 
 def test_a_control_group_with_little_memory(memory_group: str) -> None:
-    """4 workers ahead by 8 would hold 37 batches of 32 MiB (1.2 GB) in 896 MiB: they hold fewer, and nobody is killed."""
+    """4 workers ahead by 8 would hold 37 batches of 32 MiB in 896 MiB: they hold fewer, and nobody is killed."""
     told = run("small_memory", memory_group)
     assert told["seen"] == [float(number) for number in range(40)]
     assert told["crashes"] == 0

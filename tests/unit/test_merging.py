@@ -32,6 +32,7 @@ def summary(**changes: Any) -> EpochSummary:
         "workers_requested": 2,
         "workers_at_end": 2,
         "workers": (WORKER,),
+        "resizes": (),
         "verdict": "balanced",
         "advice": "Nothing to do.",
     }

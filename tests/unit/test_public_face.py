@@ -47,6 +47,7 @@ NAMES = (
     "OpenTelemetrySink",
     "OptionError",
     "PoolHealed",
+    "PoolResized",
     "PoolShrunk",
     "PrometheusSink",
     "RecoveryPolicy",

@@ -21,6 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import robustloader.engine.iterator as engine
 from robustloader import RecoveryPolicy, RestartBudgetError, RobustDataLoader, WorkerCrashed
+from robustloader.decisions.adaptation import Step
+from robustloader.decisions.workers import AutoWorkers
 from robustloader.system import host
 from robustloader.transport.messages import Trial
 from robustloader.worker.beacon import Reading
@@ -31,6 +33,7 @@ BATCHES, BATCH_SIZE = 10, 2
 SAMPLES = BATCHES * BATCH_SIZE
 
 DEATHS = {"killed": -signal.SIGKILL, "crash": -signal.SIGSEGV, "exit": 3, "memory": -signal.SIGKILL, "hang": -9}
+MOST_WORKERS = 5
 LETHAL_HERE = {"crash", "exit", "memory", "hang"}
 """What would take the training process along, so that it may not load in the workers' place."""
 
@@ -44,6 +47,7 @@ class Histories(RuleBasedStateMachine):
         self.patches = [
             mock.patch.object(engine, "Pool", SimPool),
             mock.patch.object(host, "memory_kills", self.memory_kills),
+            # Looked at all the time: how fast a history runs must not change what happens in it.
         ]
         for patch in self.patches:
             patch.start()
@@ -64,19 +68,29 @@ class Histories(RuleBasedStateMachine):
         min_workers=st.integers(1, 2),
         in_process=st.booleans(),
         looks=st.booleans(),
+        auto=st.booleans(),
     )
     def begin(
-        self, workers: int, prefetch: int, in_order: bool, seeding: Any, haunted: int, looks: bool, **recovery: Any
+        self,
+        workers: int,
+        prefetch: int,
+        in_order: bool,
+        seeding: Any,
+        haunted: int,
+        looks: bool,
+        auto: bool = False,
+        **recovery: Any,
     ) -> None:
         # Whether a trainer that finds a batch ready listens to its workers first is a matter of the clock.
         self.patches.append(mock.patch.object(engine, "_LOOK_EVERY_NS", -1 if looks else 1 << 62))
         self.patches[-1].start()
+        self.auto = auto
         self.workers, self.prefetch, self.in_order, self.haunted = workers, prefetch, in_order, haunted
         self.policy = RecoveryPolicy(backoff_s=0, stall_report_s=None, start_timeout_s=None, **recovery)
         self.loader = RobustDataLoader(
             range(SAMPLES),  # type: ignore[arg-type]
             batch_size=BATCH_SIZE,
-            num_workers=workers,
+            num_workers=AutoWorkers(workers) if auto else workers,
             prefetch_factor=prefetch,
             in_order=in_order,
             seeding=seeding,
@@ -87,6 +101,9 @@ class Histories(RuleBasedStateMachine):
             telemetry=self.listener.policy,
             generator=torch.Generator().manual_seed(0),  # spares follow from it, and a history must repeat
         )
+        if auto:
+            assert self.loader._adaptation is not None
+            self.workers = self.loader._adaptation.workers
         self.iterator: Any = iter(self.loader)
 
     def memory_kills(self) -> int:
@@ -182,6 +199,25 @@ class Histories(RuleBasedStateMachine):
         self.pool.come_up(self.pool.starting[0], fails=True)
         self.settle()
 
+    @precondition(lambda self: not self.over and self.auto and self.may_resize)
+    @rule(data=st.data())
+    def resize(self, data: st.DataObject) -> None:
+        """The pool follows the run: more workers, or fewer."""
+        crew = self.iterator._crew
+        size = crew.size
+        numbers = [n for n in range(max(1, self.policy.min_workers), MOST_WORKERS + 1) if n != size]
+        credit = crew.budget.credit
+        self.iterator._resize(Step(workers=data.draw(st.sampled_from(numbers)), reason="a test"))
+        assert crew.budget.credit == credit, "a choice cost restart credit"
+        self.settle()
+
+    @property
+    def may_resize(self) -> bool:
+        """As the adapter asks: nobody is dead, on its way or leaving, and nothing is closing in."""
+        it = self.iterator
+        quiet = not it._recovery.local and not it.closed and not it._books.closing and it._books.error is None
+        return bool(quiet and it._crew.whole)
+
     @precondition(lambda self: not self.over and self.pool.frames)
     @rule(data=st.data())
     def hear_again(self, data: st.DataObject) -> None:
@@ -265,8 +301,10 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def no_more_is_outstanding_than_allowed(self) -> None:
         if not self.over and not self.iterator.closed:
-            ahead = self.iterator._put_ahead
-            assert len(self.iterator._books.ledger) <= self.prefetch * self.workers + ahead
+            ahead, lanes = self.iterator._put_ahead, self.workers
+            if self.auto:
+                lanes = sum(slot.counts for slot in self.iterator._crew.slots)
+            assert len(self.iterator._books.ledger) <= self.prefetch * lanes + ahead
 
     @invariant()
     def each_task_is_in_one_place(self) -> None:
@@ -294,10 +332,14 @@ class Histories(RuleBasedStateMachine):
             return
         crew = self.iterator._crew
         assert 0 <= crew.budget.credit <= self.policy.max_restarts
-        assert 0 <= crew.size <= self.workers
+        most = MOST_WORKERS if self.auto else self.workers
+        assert 0 <= crew.size <= most
         assert crew.size == 0 or crew.size >= min(self.policy.min_workers, self.workers)
-        assert self.iterator._recovery.local or crew.processes <= self.workers
-        assert len(self.pool.workers) + len(self.pool.starting) <= 2 * self.workers + 1
+        leaving = sum(slot.leaving == "reserve" for slot in crew.slots)
+        assert self.iterator._recovery.local or crew.processes <= crew.size + leaving
+        there = [worker for worker in self.pool.workers if not (self.auto and worker.dismissed)]
+        assert len(there) + len(self.pool.starting) <= 2 * most + 1
+        assert len(crew.slots) <= 2 * most
 
     @invariant()
     def only_the_proved_are_convicted(self) -> None:

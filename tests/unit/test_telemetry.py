@@ -297,6 +297,7 @@ class TestTable:
             "str": st.text(max_size=2000),
             "Verdict": st.just("balanced"),
             "int | None": st.none() | st.integers(0, 1000),
+            "tuple[str, ...]": st.lists(st.text(max_size=2000), max_size=32).map(tuple),
         }
 
         def draw(kind: type, **given: Any) -> Any:

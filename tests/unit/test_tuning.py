@@ -153,6 +153,54 @@ def test_a_measured_worker_that_is_large_lowers_the_ceiling() -> None:
     assert max(fake.turns[2:], default=0) <= 16
 
 
+class Swelling(Fake):
+    """From so many workers on, each of them is seen to hold 29 GiB."""
+
+    swells_at = 8
+
+    def measure(self, workers: int, seconds: float, goes_on: Callable[[], bool] = lambda: True) -> Block | None:
+        self.facts["worker_bytes"] = 29 * GIB if workers >= self.swells_at else 0
+        return super().measure(workers, seconds, goes_on)
+
+
+@pytest.mark.parametrize("candidates", [None, (2, 3, 8, 16), (2, 4, 8, 16)])
+def test_what_was_measured_and_does_not_fit_is_not_recommended(candidates: tuple[int, ...] | None) -> None:
+    """Sixteen are the fastest by far and were measured, before it was seen that only three workers fit."""
+    fake = Swelling(lambda n: 10.0 * max(n, 1))
+    report = fake.search(candidates=candidates)
+    assert max(fake.turns) >= 8
+    assert report.ceiling == 3
+    assert report.best == max(row.num_workers for row in report.rows if row.num_workers <= 3)
+    assert "memory" in report.reason
+    assert str(report)
+
+
+def test_nothing_that_was_measured_fits() -> None:
+    """Then the most that fits is recommended, unmeasured, and it is said."""
+    fake = Swelling(lambda n: 10.0 * n)
+    report = fake.search(candidates=(8, 16))
+    assert (report.best, report.ceiling) == (3, 3)
+    assert "Nothing that was measured fits" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("limits_of_a_rank", "why"),
+    [
+        ({"worker_bytes": 29 * GIB // 10}, "memory"),
+        ({"descriptors": Descriptors(used=0, soft=46, hard=46)}, "open files"),
+        ({"processes": Processes(free=3, limit="pids.max")}, "pids.max"),
+    ],
+)
+def test_advice_stays_below_the_ceiling(limits_of_a_rank: dict[str, Any], why: str) -> None:
+    """Whichever limit makes it: three workers, though eight were measured and are faster."""
+    top = ceiling(**limits_of_a_rank)
+    blocks = {n: [Block(batches=10 * n, elapsed_s=1.0, first_batch_s=0.1)] for n in (1, 2, 3, 4, 8)}
+    found = advise(blocks, model=None, step_s=0, ceiling=top)
+    assert top.workers == found.best == 3
+    assert [row.num_workers for row in found.rows] == [1, 2, 3, 4, 8]
+    assert why in found.reason
+
+
 def test_candidates_above_the_ceiling_are_left_out() -> None:
     """And it is said why."""
     report = Fake(lambda n: 10.0 * max(n, 1)).search(candidates=(0, 2, 99))
