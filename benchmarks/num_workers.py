@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -240,6 +241,31 @@ def processor_s(pids: Iterable[int]) -> float:
             with contextlib.suppress(OSError, ValueError):
                 total += int(path.read_text().split()[0])
     return total * 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticks:
+    """Processor time so far, in seconds: of this machine, of it by this process and its children that have ended, and
+    what the host took away. From ``/proc/stat``, which counts hundredths."""
+
+    elapsed: float
+    busy: float
+    own: float
+    steal: float
+
+    @classmethod
+    def read(cls) -> Ticks:
+        """As it is now."""
+        machine, own = psutil.cpu_times(), os.times()
+        busy = machine.user + machine.nice + machine.system + machine.irq + machine.softirq
+        return cls(time.monotonic() * os.cpu_count(), busy, sum(own[:4]), machine.steal)
+
+    def since(self) -> dict[str, float]:
+        """Shares of the machine's processors since then: of other processes, and of the host."""
+        now = Ticks.read()
+        elapsed = now.elapsed - self.elapsed
+        others = max(0.0, now.busy - self.busy - (now.own - self.own))
+        return {"others": others / elapsed, "steal": (now.steal - self.steal) / elapsed}
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------
@@ -466,7 +492,7 @@ def choices(
 def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
     """Everything about one kind."""
     workload = WORKLOADS[KINDS[kind]]
-    begun = time.perf_counter()
+    begun, ticks = time.perf_counter(), Ticks.read()
     calibration = Calibration(workload=workload, folder=folder, seconds=form.turn_s)
     settings = [{"workers": number} for number in form.workers]
     by_workers, spent = sweep(workload, folder, settings, form.rounds, form.turn_s, between=calibration.measure)
@@ -520,6 +546,7 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
         "best": best,
         "tuned": {**tuned, "workers": report.best, "took_s": tuning, "sweep_s": spent[OURS], "reason": report.reason},
         "auto": auto,
+        "disturbance": ticks.since(),
     }
 
 
