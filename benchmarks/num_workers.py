@@ -5,9 +5,9 @@ Question: where is the best number of workers, what does a crossing cost, what d
 Method: each kind with 0 to 8 workers, through this project's loader and torch's; every setting has a turn in each
     round, in an order that turns round (torch's loader in every other round). A turn is a fresh loader; as many batches
     of each worker as it may have under way are not counted, then whole turns of the workers are. Prefetch 1 to 8 and
-    three batch sizes with the best number of workers. The simulator gets the load times, and the processor time on both
-    sides of a crossing, that the training process alone and one worker show in turns of their own, spread over the
-    same rounds; its error is |simulated − measured| / measured. ``tune()`` has a fifth of the time that the sweep of
+    three batch sizes with the best number of workers. The simulator gets load times, processor times on both sides of a
+    crossing, wake-ups and contention, which the training process alone and one or two workers show in turns of their
+    own, spread over the same rounds; its error is |simulated − measured| / measured. ``tune()`` has a fifth of the time that the sweep of
     this loader took. Its choice and ``num_workers="auto"`` then meet the sweep's best in further rounds: the ratio of
     two turns of one round counts, not a rate against one that was measured minutes before. Of ``"auto"`` one epoch of
     ``AUTO_S`` seconds is measured: its last third, and the whole of it. Its workers are counted four times a second.
@@ -332,12 +332,13 @@ class _Times:
 
 @dataclasses.dataclass(kw_only=True)
 class Calibration:
-    """What the simulator is told: turns of the training process alone and of one worker. Of the latter one more is
-    watched by a sink, which costs time, and gives load times only.
+    """What the simulator is told: turns of the training process alone, of one worker, of one that may not load ahead,
+    and of two. Of one worker one more is watched by a sink, which costs time, and gives load times only.
 
     Attributes:
         alone: turns without workers.
-        one: turns with one worker.
+        one, two: turns with so many workers.
+        shallow: turns with one worker and ``prefetch_factor=1``: worker and training process sleep in turn.
         times_s: load times, as the worker saw them.
     """
 
@@ -346,29 +347,47 @@ class Calibration:
     seconds: float
     alone: list[Turn] = dataclasses.field(default_factory=list)
     one: list[Turn] = dataclasses.field(default_factory=list)
+    two: list[Turn] = dataclasses.field(default_factory=list)
+    shallow: list[Turn] = dataclasses.field(default_factory=list)
     times_s: list[float] = dataclasses.field(default_factory=list)
 
     def measure(self) -> None:
         """Once more."""
-        self.alone.append(turn(self.workload, self.folder, OURS, 0, self.seconds))
-        self.one.append(turn(self.workload, self.folder, OURS, 1, self.seconds))
+        for turns, workers, prefetch in (
+            (self.alone, 0, PREFETCH),
+            (self.one, 1, PREFETCH),
+            (self.shallow, 1, 1),
+            (self.two, 2, PREFETCH),
+        ):
+            turns.append(turn(self.workload, self.folder, OURS, workers, self.seconds, prefetch_factor=prefetch))
         watch = _Times()
-        turn(self.workload, self.folder, OURS, 1, self.seconds / 2, sinks=(watch,))
+        turn(self.workload, self.folder, OURS, 1, self.seconds, sinks=(watch,))
         self.times_s += watch.times_s[PREFETCH + 2 :]
 
-    def facts(self) -> dict[str, Any]:
-        """Seconds a batch: loading without workers, its processor time; in a worker, the part of loading that waits,
-        and the worker's processor time beyond loading; the training process's processor time."""
-        alone_s = 1 / statistics.median(one.batches_per_s for one in self.alone)
+    def facts(self) -> dict[str, float]:
+        """Seconds a batch, but for ``contention``, a share.
+
+        * ``alone_s``: loading without workers.
+        * ``load_s``, ``wait_s``: loading in a worker; of it, what is more than its processor time.
+        * ``send_s``: the worker's processor time beyond loading.
+        * ``cross_s``: the training process's processor time.
+        * ``wake_s``: half of what is left of a period in which each has waited for the other.
+        * ``contention``: how much more processor time a batch takes with two workers at once.
+        """
         worker_s = 1e-3 * statistics.median(one.workers_ms for one in self.one)
         load_s = statistics.fmean(self.times_s)
         wait_s = max(0.0, load_s - worker_s)
+        idle_s = statistics.median(
+            1 / one.batches_per_s - 1e-3 * (one.trainer_ms + one.workers_ms) for one in self.shallow
+        )
         return {
-            "alone_s": alone_s,
+            "alone_s": 1 / statistics.median(one.batches_per_s for one in self.alone),
             "load_s": load_s,
             "wait_s": wait_s,
             "send_s": max(0.0, worker_s - load_s),
             "cross_s": 1e-3 * statistics.median(one.trainer_ms for one in self.one),
+            "wake_s": max(0.0, (idle_s - wait_s) / 2),
+            "contention": max(0.0, 1e-3 * statistics.median(two.workers_ms for two in self.two) / worker_s - 1),
         }
 
 
@@ -385,9 +404,8 @@ def simulated(
             workers=number,
             load=load if number else alone,
             cores=usable_cpus(),
-            send_s=facts["send_s"],
-            cross_s=facts["cross_s"],
             prefetch_factor=PREFETCH,
+            **{name: facts[name] for name in ("send_s", "cross_s", "wake_s", "contention")},
         )
         rates[number] = simulate(setup, batches).batches_per_s
     return rates

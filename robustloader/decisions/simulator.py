@@ -75,6 +75,9 @@ class Setup:
         cores: shared by the workers and the training process; a quota may make it a fraction.
         siblings: hardware threads beyond one a core (SMT): a process there shares a core with another one.
         sibling_gain: what such a second thread adds, as a share of a core.
+        contention: how much longer work takes for each further process that runs at the same time, as a share: caches
+            and the memory are shared too.
+        wake_s: until a process that slept for want of a task, or of a batch, goes on.
         send_s: work of the worker for each batch that crosses.
         cross_s: work of the training process for each batch that crosses.
         step_s: what the trainer does with a batch.
@@ -91,6 +94,8 @@ class Setup:
     cores: float = math.inf
     siblings: float = 0.0
     sibling_gain: float = 0.3
+    contention: float = 0.0
+    wake_s: float = 0.0
     send_s: float = 0.0
     cross_s: float = 0.0
     step_s: float = 0.0
@@ -101,10 +106,12 @@ class Setup:
     restart_s: float | None = None
 
     def speed(self, processes: int) -> float:
-        """How fast each of so many processes runs at once, 1 where it has a core for itself."""
+        """How fast each of so many processes runs at once, 1 where it is alone on the machine."""
+        running = min(processes, self.cores + self.siblings)
+        slowdown = 1 + self.contention * max(0.0, running - 1)
         if processes <= self.cores:
-            return 1.0
-        return (self.cores + self.sibling_gain * min(self.siblings, processes - self.cores)) / processes
+            return 1 / slowdown
+        return (self.cores + self.sibling_gain * (running - self.cores)) / processes / slowdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +216,8 @@ class _Simulation:
                 self._work(number)
             elif kind == "loaded":
                 self._load_done(number)
+            elif kind == "woken":
+                self._want()
             elif kind == "crossed":
                 self._crossed()
             elif kind == "computed":
@@ -275,14 +284,14 @@ class _Simulation:
         self._given += 1
         self._loads[task] = next(self._draws)
         self._workers[number].tasks.append(task)
-        self._begin(number)
+        self._begin(number, wake_s=self._setup.wake_s)
 
-    def _begin(self, number: int) -> None:
+    def _begin(self, number: int, *, wake_s: float = 0.0) -> None:
         worker = self._workers[number]
         if not worker.up or worker.busy or not worker.tasks:
             return
         worker.busy = True
-        self._at(self._loads[worker.tasks[0]] * (1 - self._setup.load.work_fraction), "waited", number)
+        self._at(wake_s + self._loads[worker.tasks[0]] * (1 - self._setup.load.work_fraction), "waited", number)
 
     def _work(self, number: int) -> None:
         """Load, then send: one piece of work."""
@@ -299,7 +308,7 @@ class _Simulation:
         self._ready.add(task)
         self._begin(number)
         if self._waiting and task == self._wanted:
-            self._want()
+            self._at(self._setup.wake_s, "woken")
 
     def _come_up(self, number: int) -> None:
         self._workers[number].up = True

@@ -70,12 +70,19 @@ def test_each_line_can_fall_short(facts: dict[str, Any], line: str) -> None:
 # --- what the simulator is told
 
 
-def observed(times_s: list[float], worker_ms: float, trainer_ms: float = 0.5) -> dict[str, Any]:
-    """Facts of one worker that loads in ``times_s`` and uses its processor for ``worker_ms`` a batch."""
+def observed(
+    times_s: list[float], worker_ms: float, trainer_ms: float = 0.5, shallow_s: float = 0.02, two_ms: float = 0.0
+) -> dict[str, float]:
+    """Facts of one worker that loads in ``times_s`` and uses its processor for ``worker_ms`` a batch; with two of them
+    it is ``two_ms``. Without lookahead a batch takes ``shallow_s``."""
     calibration = Calibration(workload=WORKLOADS["tiny"], folder=ROOT, seconds=1.0, times_s=times_s)
     one = {"first_batch_ms": 1.0}
     calibration.alone = [Turn(batches_per_s=500.0, trainer_ms=2.0, workers_ms=0.0, **one)]
     calibration.one = [Turn(batches_per_s=100.0, trainer_ms=trainer_ms, workers_ms=worker_ms, **one)]
+    calibration.two = [Turn(batches_per_s=200.0, trainer_ms=trainer_ms, workers_ms=two_ms, **one)]
+    calibration.shallow = [
+        Turn(batches_per_s=1 / shallow_s, trainer_ms=trainer_ms, workers_ms=worker_ms, **one) for _ in range(3)
+    ]
     return calibration.facts()
 
 
@@ -95,9 +102,21 @@ def test_loading_beyond_processor_time_is_waiting() -> None:
     assert facts["send_s"] == 0
 
 
+def test_what_is_left_of_a_period_is_two_wake_ups() -> None:
+    """16 ms: 9 of waiting, 1 of work, 2 of receiving, so 2 for each wake-up."""
+    facts = observed([0.010], worker_ms=1.0, trainer_ms=2.0, shallow_s=0.016)
+    assert facts["wake_s"] == pytest.approx(0.002)
+    assert observed([0.010], worker_ms=1.0, trainer_ms=2.0, shallow_s=0.010)["wake_s"] == 0
+
+
+def test_more_processor_time_with_two_workers_is_contention() -> None:
+    assert observed([0.010], worker_ms=10.0, two_ms=12.5)["contention"] == pytest.approx(0.25)
+    assert observed([0.010], worker_ms=10.0, two_ms=9.5)["contention"] == 0
+
+
 def test_the_simulator_starts_from_what_was_seen() -> None:
     """Alone: as seen. One worker that loads for 10 ms and sends for 2: one batch in 12 ms."""
-    facts = observed([0.010], worker_ms=12.0, trainer_ms=0.0)
+    facts = observed([0.010], worker_ms=12.0, trainer_ms=0.0, shallow_s=0.012)
     rates = simulated(facts, [0.010], (0, 1), 500)
     assert rates == {0: pytest.approx(500), 1: pytest.approx(1 / 0.012, rel=0.01)}
 

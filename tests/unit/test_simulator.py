@@ -157,6 +157,19 @@ def test_a_second_thread_of_a_core_adds_little(workers: int, batches_per_s: floa
     assert found == pytest.approx(batches_per_s, rel=0.01)
 
 
+@pytest.mark.parametrize(("workers", "batches_per_s"), [(1, 10), (2, 20 / 1.5), (4, 20 / 1.5)])
+def test_processes_that_share_a_memory_slow_each_other_down(workers: int, batches_per_s: float) -> None:
+    """Two at once take half as long again; more than two never run at once."""
+    assert rate(workers=workers, load=constant(), cores=2, contention=0.5) == pytest.approx(batches_per_s, rel=0.01)
+
+
+def test_who_slept_goes_on_a_little_later() -> None:
+    """Without lookahead worker and trainer sleep in turn: 100 ms of loading, 20 of receiving, and two wake-ups."""
+    facts = {"workers": 1, "load": constant(), "cross_s": 0.02, "wake_s": 0.01}
+    assert 1 / rate(**facts, prefetch_factor=1) == pytest.approx(0.14, rel=0.01)
+    assert 1 / rate(**facts, prefetch_factor=2) == pytest.approx(0.10, rel=0.01)
+
+
 def test_half_a_processor_is_half_as_fast() -> None:
     """A quota below one processor slows work in the training process too, and waiting not at all."""
     assert rate(workers=0, load=constant(), cores=0.5) == pytest.approx(5)
@@ -196,6 +209,8 @@ _SETUPS = st.builds(
     load=_LOADS,
     cores=st.sampled_from((0.5, 1.0, 2.0, 3.5, math.inf)),
     siblings=st.sampled_from((0.0, 1.0, 4.0)),
+    contention=st.sampled_from((0.0, 0.4)),
+    wake_s=st.floats(0, 0.1),
     send_s=st.floats(0, 0.1),
     cross_s=st.floats(0, 0.1),
     step_s=st.floats(0, 0.5),
@@ -225,10 +240,11 @@ def test_no_run_beats_its_bounds(setup: Setup, batches: int, seed: int) -> None:
     assert found.duration_s >= sum(loads) / max(1, setup.workers) - slack
     assert found.duration_s >= batches * (setup.step_s + (setup.cross_s if setup.workers else 0)) - slack
     slowest = min(n * setup.speed(n) for n in range(1, setup.workers + 2))
-    assert found.duration_s <= start_s + waits_s + work_s / min(1.0, slowest) + slack
+    wakes_s = (batches * 2 + setup.workers) * setup.wake_s
+    assert found.duration_s <= start_s + waits_s + wakes_s + work_s / min(1.0, slowest) + slack
     # What is not waiting is the steps: as long as they are where the trainer has a processor for itself, longer else.
     assert batches * setup.step_s - slack <= found.duration_s - found.wait_s
-    if setup.workers + 1 <= setup.cores:
+    if setup.workers + 1 <= setup.cores and not setup.contention:
         assert found.duration_s - found.wait_s == pytest.approx(batches * setup.step_s, abs=slack)
     assert found.first_batch_s >= start_s + loads[0] - slack
 
@@ -244,7 +260,7 @@ def test_a_slower_clock_changes_nothing_else(setup: Setup, batches: int, factor:
             mean_s=setup.load.mean_s * factor,
             observed_s=tuple(factor * time_s for time_s in setup.load.observed_s),
         ),
-        **{name: getattr(setup, name) * factor for name in ("send_s", "cross_s", "step_s", "start_s")},
+        **{name: getattr(setup, name) * factor for name in ("wake_s", "send_s", "cross_s", "step_s", "start_s")},
     )
     one, other = simulate(setup, batches), simulate(stretched, batches)
     for name in ("duration_s", "wait_s", "work_s", "first_batch_s"):
