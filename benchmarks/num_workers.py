@@ -7,10 +7,11 @@ Method: each kind with 0 to 8 workers, through this project's loader and torch's
     of each worker as it may have under way are not counted, then whole turns of the workers are. Prefetch 1 to 8 and
     three batch sizes with the best number of workers. The simulator gets load times, processor times on both sides of a
     crossing, wake-ups and contention, which the training process alone and one or two workers show in turns of their
-    own, spread over the same rounds; its error is |simulated − measured| / measured. ``tune()`` has a fifth of the time that the sweep of
-    this loader took. Its choice and ``num_workers="auto"`` then meet the sweep's best in further rounds: the ratio of
-    two turns of one round counts, not a rate against one that was measured minutes before. Of ``"auto"`` one epoch of
-    ``AUTO_S`` seconds is measured: its last third, and the whole of it. Its workers are counted four times a second.
+    own, spread over the same rounds; its error is |simulated − measured| / measured. ``tune()`` has a fifth of the time
+    that the sweep of this loader took. Its choice and ``num_workers="auto"`` then meet the sweep's best in further
+    rounds: the ratio of two turns of one round counts, not a rate against one that was measured minutes before. Of
+    ``"auto"`` one epoch of ``AUTO_S`` seconds is measured: its last third, and the whole of it. Its workers are counted
+    four times a second.
 Trap: turns follow each other on one machine that may slow down meanwhile: compare within a row. On a machine that
     does something else too, the figures mean nothing.
 Rerun: ``python -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images`` (20 minutes on
@@ -67,7 +68,7 @@ ENDLESS = 1 << 20
 PREFETCH = 2
 """torch's default, and this loader's."""
 
-TUNE_SHARE = 0.95
+TUNE_SHARE = 0.85
 """``tune()`` is told so much of the time it may have: its last turn and the ends of its workers come on top."""
 
 LOOK_EVERY_S = 0.25
