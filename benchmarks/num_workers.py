@@ -532,7 +532,7 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
     sizes, _ = sweep(
         workload,
         folder,
-        [{"workers": some, "batch_size": max(1, int(workload.batch_size * factor))} for factor in form.batch_factors],
+        [{"workers": some, "batch_size": size} for size in batch_sizes(workload, form)],
         form.side_rounds,
         form.turn_s,
     )
@@ -569,6 +569,11 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
     }
 
 
+def batch_sizes(workload: Workload, form: Form) -> list[int]:
+    """Ascending, the workload's own among them."""
+    return sorted({max(1, int(workload.batch_size * factor)) for factor in form.batch_factors})
+
+
 def pinning(workload: Workload, folder: Path, workers: int, form: Form) -> list[dict[str, Any]] | None:
     """With and without ``pin_memory``, batches copied to the device; None without one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -585,6 +590,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     plt.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "none"})
     folder.mkdir(parents=True, exist_ok=True)
@@ -623,9 +629,11 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         places = [row["batch_size"] / made["batch_size"] for row in sizes]
         rates = [row[OURS]["batches_per_s"] * row["batch_size"] / usual for row in sizes]
         right.plot(places, rates, marker="o", label=kind)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     left.set_xlabel("prefetch_factor")
     left.set_ylabel("throughput, × that with prefetch_factor=2")
-    right.set_xscale("log", base=2)
     right.set_xlabel("batch size, × the usual one")
     right.set_ylabel("samples/s, × those with the usual one")
     left.set_ylim(bottom=0)
