@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.num_workers import Calibration, Turn, simulated
+from benchmarks.num_workers import FULL, Calibration, Turn, batch_sizes, simulated, to_device
 from benchmarks.thresholds import judge_study
 from benchmarks.workers_page import RESULT, fill, markers, render
 from benchmarks.workloads import WORKLOADS
@@ -119,6 +120,22 @@ def test_the_simulator_starts_from_what_was_seen() -> None:
     facts = observed([0.010], worker_ms=12.0, trainer_ms=0.0, shallow_s=0.012)
     rates = simulated(facts, [0.010], (0, 1), 500)
     assert rates == {0: pytest.approx(500), 1: pytest.approx(1 / 0.012, rel=0.01)}
+
+
+# --- turns
+
+
+def test_a_batch_is_copied_to_the_device_whatever_its_structure() -> None:
+    moved = to_device({"x": torch.arange(3), "y": [torch.ones(2), "text", (1, torch.zeros(1))]}, torch.device("meta"))
+    assert moved["x"].is_meta
+    assert moved["y"][0].is_meta
+    assert moved["y"][1] == "text"
+    assert moved["y"][2][1].is_meta
+
+
+def test_the_usual_batch_size_is_swept_once() -> None:
+    assert batch_sizes(WORKLOADS["tiny"], FULL) == [8, 32, 128]
+    assert batch_sizes(WORKLOADS["paced"], FULL) == [1, 4]
 
 
 # --- the page
