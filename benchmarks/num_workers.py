@@ -64,7 +64,7 @@ KINDS = {
 
 LOADERS = {"robustloader": RobustDataLoader, "torch": DataLoader}
 OURS = "robustloader"
-ENDLESS = 1 << 20
+ENDLESS = 1 << 30
 PREFETCH = 2
 """torch's default, and this loader's."""
 
