@@ -172,7 +172,7 @@ def turn(
     try:
         move(next(batches))
         first_batch_ms = 1e3 * (time.perf_counter() - begun)
-        under_way = options.get("prefetch_factor", PREFETCH) + 2
+        under_way = options.get("prefetch_factor", PREFETCH) + 3
         for _ in range(max(2, workers * under_way)):
             move(next(batches))
         pids = children()
