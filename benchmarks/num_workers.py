@@ -31,7 +31,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ OURS = "robustloader"
 ENDLESS = 1 << 30
 PREFETCH = 2
 """torch's default, and this loader's."""
+
+KEPT_TIMES = 500
+"""So many load times of each kind go to the simulator, and into the result."""
 
 TUNE_SHARE = 0.85
 """``tune()`` is told so much of the time it may have: its last turn and the ends of its workers come on top."""
@@ -230,8 +233,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def children() -> list[int]:
-    """Process ids of this process's children."""
-    return [child.pid for child in psutil.Process().children()]
+    """Process ids of this process's children that have not ended."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child.pid)
+    return found
 
 
 def processor_s(pids: Iterable[int]) -> float:
@@ -393,7 +401,12 @@ class Calibration:
 
 
 def simulated(
-    facts: dict[str, float], times_s: Sequence[float], workers: Sequence[int], batches: int
+    facts: Mapping[str, float],
+    times_s: Sequence[float],
+    workers: Sequence[int],
+    *,
+    cores: float,
+    batches: int,
 ) -> dict[int, float]:
     """Batches per second, by workers."""
     share = 1 - facts["wait_s"] / facts["load_s"]
@@ -404,7 +417,7 @@ def simulated(
         setup = Setup(
             workers=number,
             load=load if number else alone,
-            cores=usable_cpus(),
+            cores=cores,
             prefetch_factor=PREFETCH,
             **{name: facts[name] for name in ("send_s", "cross_s", "wake_s", "contention")},
         )
@@ -515,8 +528,8 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
     calibration = Calibration(workload=workload, folder=folder, seconds=form.turn_s)
     settings = [{"workers": number} for number in form.workers]
     by_workers, spent = sweep(workload, folder, settings, form.rounds, form.turn_s, between=calibration.measure)
-    facts = calibration.facts()
-    expected = simulated(facts, calibration.times_s, form.workers, form.simulated)
+    facts, times_s = calibration.facts(), calibration.times_s[:KEPT_TIMES]
+    expected = simulated(facts, times_s, form.workers, cores=usable_cpus(), batches=form.simulated)
     ours = {row["workers"]: row[OURS]["batches_per_s"] for row in by_workers}
     errors = {number: abs(expected[number] - ours[number]) / ours[number] for number in form.workers}
     best = max(ours, key=lambda number: ours[number])
@@ -560,6 +573,7 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
         "batch_sizes": sizes,
         "pin_memory": pinning(workload, folder, some, form),
         "calibration": facts,
+        "load_times_s": [round(time_s, 7) for time_s in times_s],
         "simulated": {str(number): rate for number, rate in expected.items()},
         "simulator_error": {str(number): error for number, error in errors.items()},
         "best": best,

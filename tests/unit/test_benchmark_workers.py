@@ -118,7 +118,7 @@ def test_more_processor_time_with_two_workers_is_contention() -> None:
 def test_the_simulator_starts_from_what_was_seen() -> None:
     """Alone: as seen. One worker that loads for 10 ms and sends for 2: one batch in 12 ms."""
     facts = observed([0.010], worker_ms=12.0, trainer_ms=0.0, shallow_s=0.012)
-    rates = simulated(facts, [0.010], (0, 1), 500)
+    rates = simulated(facts, [0.010], (0, 1), cores=2, batches=500)
     assert rates == {0: pytest.approx(500), 1: pytest.approx(1 / 0.012, rel=0.01)}
 
 
@@ -136,6 +136,16 @@ def test_a_batch_is_copied_to_the_device_whatever_its_structure() -> None:
 def test_the_usual_batch_size_is_swept_once() -> None:
     assert batch_sizes(WORKLOADS["tiny"], FULL) == [8, 32, 128]
     assert batch_sizes(WORKLOADS["paced"], FULL) == [1, 4]
+
+
+def test_the_simulator_still_draws_the_curves_that_were_committed() -> None:
+    """From the load times and costs in the result it computes what the result says that it computed."""
+    _, result = committed()
+    cores = result["machine"]["usable_cores"]
+    for kind, made in result["kinds"].items():
+        rates = simulated(made["calibration"], made["load_times_s"], (0, 1, 2, 8), cores=cores, batches=2000)
+        for workers, rate in rates.items():
+            assert rate == pytest.approx(made["simulated"][str(workers)], rel=0.001), (kind, workers)
 
 
 # --- the page
