@@ -528,7 +528,7 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
     calibration = Calibration(workload=workload, folder=folder, seconds=form.turn_s)
     settings = [{"workers": number} for number in form.workers]
     by_workers, spent = sweep(workload, folder, settings, form.rounds, form.turn_s, between=calibration.measure)
-    facts, times_s = calibration.facts(), calibration.times_s[:KEPT_TIMES]
+    facts, times_s = calibration.facts(), [round(time_s, 7) for time_s in calibration.times_s[:KEPT_TIMES]]
     expected = simulated(facts, times_s, form.workers, cores=usable_cpus(), batches=form.simulated)
     ours = {row["workers"]: row[OURS]["batches_per_s"] for row in by_workers}
     errors = {number: abs(expected[number] - ours[number]) / ours[number] for number in form.workers}
@@ -573,7 +573,7 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
         "batch_sizes": sizes,
         "pin_memory": pinning(workload, folder, some, form),
         "calibration": facts,
-        "load_times_s": [round(time_s, 7) for time_s in times_s],
+        "load_times_s": times_s,
         "simulated": {str(number): rate for number, rate in expected.items()},
         "simulator_error": {str(number): error for number, error in errors.items()},
         "best": best,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.num_workers import FULL, Calibration, Turn, batch_sizes, simulated, to_device
+from benchmarks.num_workers import FULL, QUICK, Calibration, Turn, batch_sizes, simulated, to_device
 from benchmarks.thresholds import judge_study
 from benchmarks.workers_page import RESULT, fill, markers, render
 from benchmarks.workloads import WORKLOADS
@@ -141,9 +141,12 @@ def test_the_usual_batch_size_is_swept_once() -> None:
 def test_the_simulator_still_draws_the_curves_that_were_committed() -> None:
     """From the load times and costs in the result it computes what the result says that it computed."""
     _, result = committed()
-    cores = result["machine"]["usable_cores"]
+    facts = {
+        "cores": result["machine"]["usable_cores"],
+        "batches": {"full": FULL, "quick": QUICK}[result["form"]].simulated,
+    }
     for kind, made in result["kinds"].items():
-        rates = simulated(made["calibration"], made["load_times_s"], (0, 1, 2, 8), cores=cores, batches=2000)
+        rates = simulated(made["calibration"], made["load_times_s"], (0, 1, 2), **facts)
         for workers, rate in rates.items():
             assert rate == pytest.approx(made["simulated"][str(workers)], rel=0.001), (kind, workers)
 
