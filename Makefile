@@ -10,7 +10,7 @@ RESULT := benchmarks/results/full.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench bench-quick bench-recovery chaos soak docs clean
+.PHONY: help setup demo test check bench bench-quick bench-recovery bench-workers chaos soak docs clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,10 @@ bench-quick: $(BENCH_STAMP)  ## the same with few rounds, printed only (two minu
 
 bench-recovery: $(BENCH_STAMP)  ## measure what kills and bad samples cost (under four minutes, quiet machine)
 	$(PY) -m benchmarks.recovery --out benchmarks/results/recovery.json --page docs/benchmarks.md
+
+bench-workers: $(BENCH_STAMP)  ## how many workers: seven datasets, tune(), "auto", the simulator (20 minutes, quiet machine)
+	$(PY) -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images
+	$(PY) -m benchmarks.workers_page benchmarks/results/num_workers.json docs/guide/num-workers.md
 
 chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
 	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json

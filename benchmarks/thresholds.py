@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["NOT_SLOWER", "RECOVERY", "THRESHOLDS", "Threshold", "Verdict", "judge"]
+__all__ = ["NOT_SLOWER", "RECOVERY", "STUDY", "THRESHOLDS", "Threshold", "Verdict", "judge", "judge_study"]
 
 Kind = Literal["ratio", "near limit", "not slower", "within", "at most", "soon"]
 
@@ -137,3 +137,52 @@ def _wanted(threshold: Threshold) -> str:
         "at most": f"at most {value:g} × the memory",
         "soon": f"p95 at most {value:g} ms and a task's load time",
     }[threshold.kind]
+
+
+# --- the study of num_workers -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What the study of ``num_workers.py`` must show of each kind of dataset.
+
+    Attributes:
+        tuned: share of the best fixed setting's throughput that the choice of ``tune()`` reaches.
+        tune_time: share of the exhaustive sweep's time that ``tune()`` may take.
+        auto: share of the best fixed setting's throughput that ``num_workers="auto"`` reaches within one epoch.
+        simulator: how far, at most, the simulator's throughput is from the measured one.
+    """
+
+    tuned: float = 0.95
+    tune_time: float = 0.20
+    auto: float = 0.90
+    simulator: float = 0.15
+
+
+STUDY = _Study()
+
+
+def judge_study(kinds: Mapping[str, Any]) -> Iterator[Verdict]:
+    """Verdicts for each kind that was studied."""
+    for kind, made in kinds.items():
+        tuned, auto = made["tuned"], made["auto"]
+        ratio = tuned["of_the_best"]
+        shown = f"{tuned['workers']} workers, {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+        wanted = f"at least {STUDY.tuned:g} of the best ({made['best']} workers)"
+        yield Verdict(kind, "tune()", wanted, shown, ratio["median"] >= STUDY.tuned)
+        share = tuned["took_s"] / tuned["sweep_s"]
+        shown = f"{tuned['took_s']:.1f} s of {tuned['sweep_s']:.1f} s, {share:.2f}"
+        wanted = f"at most {STUDY.tune_time:g} of the sweep's time"
+        yield Verdict(kind, "tune() time", wanted, shown, share <= STUDY.tune_time)
+        ratio = auto["of_the_best"]
+        shown = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+        wanted = f"at least {STUDY.auto:g} of the best in an epoch"
+        yield Verdict(kind, "auto", wanted, shown, ratio["median"] >= STUDY.auto)
+        within = auto["most_workers"] <= auto["ceiling"] and auto["least_free"] >= auto["headroom"]
+        shown = f"{auto['most_workers']} of {auto['ceiling']} workers, {auto['least_free']:.0%} of memory free"
+        wanted = f"never above {auto['ceiling']} workers, {auto['headroom']:.0%} free"
+        yield Verdict(kind, "auto limits", wanted, shown, within)
+        errors = sorted(made["simulator_error"].values())
+        shown = f"{errors[-1]:.1%} at most, {errors[len(errors) // 2]:.1%} in the middle"
+        wanted = f"within {STUDY.simulator:.0%} everywhere"
+        yield Verdict(kind, "simulator", wanted, shown, errors[-1] <= STUDY.simulator)

@@ -1,18 +1,20 @@
 """A loader simulated: workers, processors, load times, crossing, lookahead, the trainer's step, deaths and restarts.
 
-Event-driven and deterministic given a seed; no clock is read and no process started. Batches are loaded in two parts: a
-wait (storage, a network), which workers do at the same time, and work, for which they share the processors evenly. The
-training process takes batches in order: each crosses, then comes the step. Crossing and step do not use the shared
-processors.
+Event-driven and deterministic given a seed; no clock is read and no process started. Loading a batch has two parts: a
+wait (storage, a network), which any number of workers do at the same time, and work, for which workers and the training
+process share the processors evenly. A batch that crosses costs work on both sides: the worker sends, the training
+process receives. The training process takes batches in order; a step follows each.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 __all__ = ["LoadTime", "Outcome", "Setup", "Survival", "simulate", "survive"]
 
@@ -24,25 +26,43 @@ class LoadTime:
     Attributes:
         mean_s: on average, in seconds.
         kind: "constant"; "exponential"; "skewed": one of ``1 / slow_fraction`` takes ``slow_factor`` times as long as
-            the others.
+            the others; "observed": those of ``observed_s``, in that order, again and again.
         work_fraction: share of it that needs a processor; the rest is waiting.
         slow_fraction, slow_factor: for "skewed".
+        observed_s: for "observed"; see :meth:`observed`.
     """
 
     mean_s: float
-    kind: Literal["constant", "exponential", "skewed"] = "constant"
+    kind: Literal["constant", "exponential", "skewed", "observed"] = "constant"
     work_fraction: float = 1.0
     slow_fraction: float = 0.01
     slow_factor: float = 50.0
+    observed_s: tuple[float, ...] = ()
 
-    def draw(self, chance: random.Random) -> float:
-        """Seconds for one batch."""
-        if self.kind == "exponential":
-            return chance.expovariate(1 / self.mean_s)
-        if self.kind == "skewed":
-            quick = self.mean_s / (1 + self.slow_fraction * (self.slow_factor - 1))
-            return quick * (self.slow_factor if chance.random() < self.slow_fraction else 1)
-        return self.mean_s
+    @classmethod
+    def observed(cls, times_s: tuple[float, ...], *, work_fraction: float = 1.0) -> Self:
+        """Load times that were measured.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not times_s:
+            raise ValueError("no load time was observed")
+        mean_s = math.fsum(times_s) / len(times_s)
+        return cls(mean_s=mean_s, kind="observed", work_fraction=work_fraction, observed_s=times_s)
+
+    def draw(self, chance: random.Random) -> Iterator[float]:
+        """Seconds for one batch after another, without end."""
+        if self.kind == "observed":
+            yield from itertools.cycle(self.observed_s)
+        quick = self.mean_s / (1 + self.slow_fraction * (self.slow_factor - 1))
+        while True:
+            if self.kind == "exponential":
+                yield chance.expovariate(1 / self.mean_s)
+            elif self.kind == "skewed":
+                yield quick * (self.slow_factor if chance.random() < self.slow_fraction else 1)
+            else:
+                yield self.mean_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +72,16 @@ class Setup:
     Attributes:
         workers: 0 loads in the training process.
         load: time to load a batch.
-        cores: processors that the workers share.
-        cross_s: of the training process's time, for each batch that comes from a worker.
+        cores: shared by the workers and the training process; a quota may make it a fraction.
+        siblings: hardware threads beyond one a core (SMT): a process there shares a core with another one.
+        sibling_gain: what such a second thread adds, as a share of a core.
+        contention: how much longer work takes for each further process that runs at the same time, as a share: caches
+            and the memory are shared too.
+        wake_s: until a process that slept for want of a task, or of a batch, goes on.
+        send_s: work of the worker for each batch that crosses.
+        cross_s: work of the training process for each batch that crosses.
         step_s: what the trainer does with a batch.
+        step_work_fraction: share of the step that needs one of the processors; for the rest it waits for a device.
         prefetch_factor: batches ahead per worker.
         start_s: from the start of a worker until it can load.
         death_every_s: mean time between the deaths of one worker (exponential); None for never.
@@ -65,12 +92,26 @@ class Setup:
     workers: int
     load: LoadTime
     cores: float = math.inf
+    siblings: float = 0.0
+    sibling_gain: float = 0.3
+    contention: float = 0.0
+    wake_s: float = 0.0
+    send_s: float = 0.0
     cross_s: float = 0.0
     step_s: float = 0.0
+    step_work_fraction: float = 0.0
     prefetch_factor: int = 2
     start_s: float = 0.0
     death_every_s: float | None = None
     restart_s: float | None = None
+
+    def speed(self, processes: int) -> float:
+        """How fast each of so many processes runs at once, 1 where it is alone on the machine."""
+        running = min(processes, self.cores + self.siblings)
+        slowdown = 1 + self.contention * max(0.0, running - 1)
+        if processes <= self.cores:
+            return 1 / slowdown
+        return (self.cores + self.sibling_gain * (running - self.cores)) / processes / slowdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +122,7 @@ class Outcome:
         batches: delivered.
         duration_s: until the last step ended, or the job was lost.
         wait_s: of it, the trainer had no batch in hand (crossing included).
+        work_s: processor time of all processes.
         first_batch_s: until the first batch was there.
         deaths: of workers.
         lost: a death ended the job.
@@ -90,6 +132,7 @@ class Outcome:
     duration_s: float
     wait_s: float
     first_batch_s: float
+    work_s: float = 0.0
     deaths: int = 0
     lost: bool = False
 
@@ -101,21 +144,27 @@ class Outcome:
 
 def simulate(setup: Setup, batches: int, *, seed: int = 0) -> Outcome:
     """Simulate an epoch of so many batches."""
-    return (
-        _Simulation(setup, batches, random.Random(seed)).run() if setup.workers else _in_process(setup, batches, seed)
-    )
-
-
-def _in_process(setup: Setup, batches: int, seed: int) -> Outcome:
     chance = random.Random(seed)
-    loads = [setup.load.draw(chance) for _ in range(batches)]
-    waited = math.fsum(loads)
+    return _Simulation(setup, batches, chance).run() if setup.workers else _in_process(setup, batches, chance)
+
+
+def _in_process(setup: Setup, batches: int, chance: random.Random) -> Outcome:
+    """One process does everything, one thing after the other."""
+    speed = setup.speed(1)
+    share, step_share = setup.load.work_fraction, setup.step_work_fraction
+    loads = list(itertools.islice(setup.load.draw(chance), batches))
+    stretch, step_stretch = 1 - share + share / speed, 1 - step_share + step_share / speed
+    waited = math.fsum(loads) * stretch
     return Outcome(
         batches=batches,
-        duration_s=waited + batches * setup.step_s,
+        duration_s=waited + batches * setup.step_s * step_stretch,
         wait_s=waited,
-        first_batch_s=loads[0] if loads else 0.0,
+        first_batch_s=loads[0] * stretch if loads else 0.0,
+        work_s=math.fsum(loads) * share + batches * setup.step_s * step_share,
     )
+
+
+_TRAINER = -1
 
 
 @dataclass
@@ -138,10 +187,11 @@ class _Simulation:
         self._setup = setup
         self._batches = batches
         self._chance = chance
+        self._draws = setup.load.draw(chance)
         self._workers = [_Worker() for _ in range(setup.workers)]
-        self._now = self._service = 0.0
+        self._now = self._service = self._work_s = 0.0
         self._timed: list[tuple[float, int, str, int, int]] = []
-        self._ends: list[tuple[float, int, int, int]] = []
+        self._ends: list[tuple[float, int, str, int, int]] = []
         self._working = self._number = 0
         self._loads: dict[int, float] = {}
         self._ready: set[int] = set()
@@ -157,10 +207,7 @@ class _Simulation:
         for _ in range(len(self._workers) * self._setup.prefetch_factor):
             self._give()
         while self._wanted < self._batches and not lost:
-            kind, number, life = self._advance()
-            worker = self._workers[number] if number >= 0 else None
-            if worker is not None and life != worker.life:
-                continue
+            kind, number = self._advance()
             if kind == "died":
                 lost = self._die(number)
             elif kind == "up":
@@ -169,8 +216,12 @@ class _Simulation:
                 self._work(number)
             elif kind == "loaded":
                 self._load_done(number)
+            elif kind == "woken":
+                self._want()
             elif kind == "crossed":
                 self._crossed()
+            elif kind == "computed":
+                self._at(self._setup.step_s * (1 - self._setup.step_work_fraction), "stepped")
             else:  # stepped
                 self._wanted += 1
                 self._want()
@@ -178,6 +229,7 @@ class _Simulation:
             batches=self._wanted,
             duration_s=self._now,
             wait_s=self._wait_s + (self._now - self._waits_since if lost and self._waiting else 0.0),
+            work_s=self._work_s,
             first_batch_s=self._first_s,
             deaths=self._deaths,
             lost=lost,
@@ -185,25 +237,42 @@ class _Simulation:
 
     # --- time
 
-    def _at(self, after_s: float, kind: str, number: int = -1) -> None:
-        life = self._workers[number].life if number >= 0 else 0
-        self._number += 1
-        heapq.heappush(self._timed, (self._now + after_s, self._number, kind, number, life))
+    def _life(self, number: int) -> int:
+        return self._workers[number].life if number != _TRAINER else 0
 
-    def _advance(self) -> tuple[str, int, int]:
-        """Go to the next event."""
-        while self._ends and self._ends[0][3] != self._workers[self._ends[0][2]].life:
-            heapq.heappop(self._ends)
-        rate = min(1.0, self._setup.cores / self._working) if self._working else 1.0
-        end_s = self._now + (self._ends[0][0] - self._service) / rate if self._ends else math.inf
-        if self._timed and self._timed[0][0] <= end_s:
-            at, _, kind, number, life = heapq.heappop(self._timed)
-            self._service += (at - self._now) * rate if self._working else 0.0
-            self._now = at
-            return kind, number, life
-        service, _, number, life = heapq.heappop(self._ends)
-        self._service, self._now = service, end_s
-        return "loaded", number, life
+    def _at(self, after_s: float, kind: str, number: int = _TRAINER) -> None:
+        self._number += 1
+        heapq.heappush(self._timed, (self._now + after_s, self._number, kind, number, self._life(number)))
+
+    def _occupy(self, work_s: float, kind: str, number: int = _TRAINER) -> None:
+        """A process becomes one of those that share the processors, until so much work is done."""
+        self._working += 1
+        self._number += 1
+        heapq.heappush(self._ends, (self._service + work_s, self._number, kind, number, self._life(number)))
+
+    def _advance(self) -> tuple[str, int]:
+        """Go to the next event that is not void."""
+        while True:
+            while self._ends and self._ends[0][4] != self._life(self._ends[0][3]):
+                heapq.heappop(self._ends)
+            speed = self._setup.speed(self._working)
+            end_s = self._now + (self._ends[0][0] - self._service) / speed if self._ends else math.inf
+            if self._timed and self._timed[0][0] <= end_s:
+                at, _, kind, number, life = heapq.heappop(self._timed)
+                self._serve((at - self._now) * speed)
+                self._now = at
+                if life == self._life(number):
+                    return kind, number
+                continue
+            service, _, kind, number, _ = heapq.heappop(self._ends)
+            self._serve(service - self._service)
+            self._now = end_s
+            self._working -= 1
+            return kind, number
+
+    def _serve(self, service: float) -> None:
+        self._service += service
+        self._work_s += service * self._working
 
     # --- workers
 
@@ -213,35 +282,33 @@ class _Simulation:
             return
         task, number = self._given, self._given % len(self._workers)
         self._given += 1
-        self._loads[task] = self._setup.load.draw(self._chance)
+        self._loads[task] = next(self._draws)
         self._workers[number].tasks.append(task)
-        self._begin(number)
+        self._begin(number, wake_s=self._setup.wake_s)
 
-    def _begin(self, number: int) -> None:
+    def _begin(self, number: int, *, wake_s: float = 0.0) -> None:
         worker = self._workers[number]
         if not worker.up or worker.busy or not worker.tasks:
             return
         worker.busy = True
-        self._at(self._loads[worker.tasks[0]] * (1 - self._setup.load.work_fraction), "waited", number)
+        self._at(wake_s + self._loads[worker.tasks[0]] * (1 - self._setup.load.work_fraction), "waited", number)
 
     def _work(self, number: int) -> None:
+        """Load, then send: one piece of work."""
         worker = self._workers[number]
         worker.working = True
-        self._working += 1
-        work = self._loads[worker.tasks[0]] * self._setup.load.work_fraction
-        self._number += 1
-        heapq.heappush(self._ends, (self._service + work, self._number, number, worker.life))
+        work_s = self._loads[worker.tasks[0]] * self._setup.load.work_fraction
+        self._occupy(work_s + self._setup.send_s, "loaded", number)
 
     def _load_done(self, number: int) -> None:
         worker = self._workers[number]
         worker.busy = worker.working = False
-        self._working -= 1
         task = worker.tasks.pop(0)
         del self._loads[task]
         self._ready.add(task)
         self._begin(number)
         if self._waiting and task == self._wanted:
-            self._want()
+            self._at(self._setup.wake_s, "woken")
 
     def _come_up(self, number: int) -> None:
         self._workers[number].up = True
@@ -270,14 +337,14 @@ class _Simulation:
         if self._wanted in self._ready:
             self._ready.remove(self._wanted)
             self._waiting = False
-            self._wait_s += self._now - self._waits_since + self._setup.cross_s
-            self._at(self._setup.cross_s, "crossed")
+            self._occupy(self._setup.cross_s, "crossed")
 
     def _crossed(self) -> None:
+        self._wait_s += self._now - self._waits_since
         if not self._wanted:
             self._first_s = self._now
         self._give()
-        self._at(self._setup.step_s, "stepped")
+        self._occupy(self._setup.step_s * self._setup.step_work_fraction, "computed")
 
 
 # --- many ranks -------------------------------------------------------------------------------------------------------

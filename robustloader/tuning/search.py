@@ -143,7 +143,7 @@ def search(
     with show() if show else contextlib.nullcontext(_silent) as tell:
         try:
             while (workers := explorer.next()) is not None:
-                if clock() >= deadline:
+                if clock() >= deadline and explorer.blocks:
                     complete = not explorer.pending
                     break
                 tell(f"num_workers={workers}")

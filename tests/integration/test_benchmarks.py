@@ -52,16 +52,31 @@ def test_a_quick_run_leaves_a_result_and_its_tables(tmp_path: Path) -> None:
 
 
 def test_the_study_of_workers_runs(tmp_path: Path) -> None:
-    """Both loaders at every number of workers, the simulator's error, tune()'s choice, and a figure."""
+    """Both loaders at every number of workers, the choices, the simulator's error, verdicts, figures, and a page."""
     pytest.importorskip("matplotlib")
-    out = tmp_path / "workers.json"
-    run("benchmarks.num_workers", "--quick", "--only", "in memory", "--out", str(out), "--plot", str(tmp_path))
-    made = json.loads(out.read_text())["kinds"]["in memory"]
+    out, page = tmp_path / "workers.json", tmp_path / "page.md"
+    printed = run(
+        "benchmarks.num_workers", "--quick", "--only", "in memory", "--out", str(out), "--plot", str(tmp_path)
+    )
+    result = json.loads(out.read_text())
+    made = result["kinds"]["in memory"]
     assert [row["workers"] for row in made["workers"]] == [0, 1, 2]
-    assert all(row[name]["batches_per_s"] > 0 for row in made["workers"] for name in ("robustloader", "torch"))
+    for row in made["workers"]:
+        for name in ("robustloader", "torch"):
+            assert row[name]["batches_per_s"] > 0
+            assert row[name]["memory_mb"] > 0
+    assert made["calibration"]["cross_s"] > 0
     assert set(made["simulator_error"]) == {"0", "1", "2"}
-    assert made["tuned"]["best"] >= 0
-    assert (tmp_path / "num-workers.svg").exists()
+    assert made["tuned"]["workers"] >= 0
+    assert len(made["auto"]["epochs"]) == 1
+    assert made["auto"]["most_workers"] >= 1
+    assert {verdict["measurement"] for verdict in result["verdicts"]} == {"in memory"}
+    assert printed.count("\n") == len(result["verdicts"]) + 1
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"num-workers.svg", "num-workers-batches.svg"}
+
+    page.write_text((ROOT / "docs" / "guide" / "num-workers.md").read_text())
+    run("benchmarks.workers_page", str(out), str(page))
+    assert "quick form" in page.read_text()
 
 
 def test_the_simulation_of_scale_runs(tmp_path: Path) -> None:

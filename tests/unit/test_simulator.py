@@ -1,11 +1,16 @@
-"""The simulator against closed forms."""
+"""The simulator against closed forms and cases worked out by hand, and what holds in every run."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import random
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from robustloader.decisions.simulator import LoadTime, Setup, simulate, survive
 
@@ -97,6 +102,169 @@ def test_stragglers_cost_less_with_more_lookahead() -> None:
     """Batches are delivered in order: a slow one holds the others up, the less the further one looks ahead."""
     facts = {"workers": 4, "load": constant(kind="skewed")}
     assert rate(**facts, prefetch_factor=1) < 0.8 * rate(**facts, prefetch_factor=16) <= 0.8 * 42
+
+
+# --- processors, shared by workers and trainer ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "period_s"),
+    [
+        (1, math.inf, 0.12),  # the worker loads and sends; the trainer receives meanwhile
+        (1, 2, 0.12),
+        (1, 1, 0.15),  # all of it on one processor: 100 + 20 + 30 ms
+        (8, 1, 0.15),
+        (2, 2, 0.075),  # two processors share it
+        (8, 2, 0.075),
+        (3, 4, 0.04),  # a processor for each of the workers, and one for the trainer
+        (8, math.inf, 0.03),  # the trainer receives one after the other
+    ],
+)
+def test_crossing_costs_both_sides(workers: int, cores: float, period_s: float) -> None:
+    """Load 100 ms, send 20 ms, receive 30 ms, all of it work."""
+    found = rate(workers=workers, load=constant(), cores=cores, send_s=0.02, cross_s=0.03, prefetch_factor=4)
+    assert 1 / found == pytest.approx(period_s, rel=0.01)
+
+
+def test_who_waits_for_storage_needs_no_processor() -> None:
+    """A hundred workers sleep 100 ms a batch; one processor only has to receive."""
+    load = constant(work_fraction=0.0)
+    assert rate(workers=100, load=load, cores=1, cross_s=0.0005) == pytest.approx(1000, rel=0.02)
+    assert rate(workers=100, load=load, cores=1, cross_s=0.002) == pytest.approx(500, rel=0.02)
+    assert rate(workers=100, load=load, cores=1, send_s=0.001, cross_s=0.001) == pytest.approx(500, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("share", "period_s"),
+    [
+        (0.0, 0.1),  # the device computes, the worker has the processor
+        (0.5, 0.15),  # for 50 ms of work the trainer takes half of it, for 100 ms; then the worker has all for 50 ms
+        (1.0, 0.2),
+    ],
+)
+def test_a_step_on_the_processor_takes_it_from_the_workers(share: float, period_s: float) -> None:
+    """One processor, load and step 100 ms each."""
+    facts = {"load": constant(), "cores": 1, "step_s": 0.1, "step_work_fraction": share, "prefetch_factor": 4}
+    assert 1 / rate(workers=1, **facts) == pytest.approx(period_s, rel=0.01)
+    assert 1 / rate(workers=1, **{**facts, "cores": 2}) == pytest.approx(0.1, rel=0.01)
+    assert 1 / rate(workers=0, **facts) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("workers", "batches_per_s"), [(1, 10), (2, 20), (3, 23), (4, 26), (8, 26)])
+def test_a_second_thread_of_a_core_adds_little(workers: int, batches_per_s: float) -> None:
+    """Two cores with two threads each; a second thread adds 30 %."""
+    found = rate(workers=workers, load=constant(), cores=2, siblings=2, sibling_gain=0.3)
+    assert found == pytest.approx(batches_per_s, rel=0.01)
+
+
+@pytest.mark.parametrize(("workers", "batches_per_s"), [(1, 10), (2, 20 / 1.5), (4, 20 / 1.5)])
+def test_processes_that_share_a_memory_slow_each_other_down(workers: int, batches_per_s: float) -> None:
+    """Two at once take half as long again; more than two never run at once."""
+    assert rate(workers=workers, load=constant(), cores=2, contention=0.5) == pytest.approx(batches_per_s, rel=0.01)
+
+
+def test_who_slept_goes_on_a_little_later() -> None:
+    """Without lookahead worker and trainer sleep in turn: 100 ms of loading, 20 of receiving, and two wake-ups."""
+    facts = {"workers": 1, "load": constant(), "cross_s": 0.02, "wake_s": 0.01}
+    assert 1 / rate(**facts, prefetch_factor=1) == pytest.approx(0.14, rel=0.01)
+    assert 1 / rate(**facts, prefetch_factor=2) == pytest.approx(0.10, rel=0.01)
+
+
+def test_half_a_processor_is_half_as_fast() -> None:
+    """A quota below one processor slows work in the training process too, and waiting not at all."""
+    assert rate(workers=0, load=constant(), cores=0.5) == pytest.approx(5)
+    assert rate(workers=0, load=constant(work_fraction=0.0), cores=0.5) == pytest.approx(10)
+    assert rate(workers=4, load=constant(), cores=0.5) == pytest.approx(5, rel=0.01)
+
+
+def test_observed_times_come_in_their_order() -> None:
+    """And again from the beginning: 4 batches of 100, 300, 100 and 300 ms are two rounds of two workers."""
+    load = LoadTime.observed((0.1, 0.3))
+    assert load.mean_s == pytest.approx(0.2)
+    assert list(itertools.islice(load.draw(random.Random(0)), 4)) == [0.1, 0.3, 0.1, 0.3]
+    assert simulate(Setup(workers=0, load=load), 3).duration_s == pytest.approx(0.5)
+    assert simulate(Setup(workers=2, load=load, prefetch_factor=4), 4).duration_s == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="no load time"):
+        LoadTime.observed(())
+
+
+# --- what holds in every run
+
+_STEADY = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+_SECONDS = st.floats(0.001, 1.0)
+
+_LOADS = st.one_of(
+    st.builds(
+        LoadTime,
+        mean_s=_SECONDS,
+        kind=st.sampled_from(("constant", "exponential", "skewed")),
+        work_fraction=st.floats(0, 1),
+    ),
+    st.builds(LoadTime.observed, st.lists(_SECONDS, min_size=1, max_size=5).map(tuple), work_fraction=st.floats(0, 1)),
+)
+
+_SETUPS = st.builds(
+    Setup,
+    workers=st.integers(0, 6),
+    load=_LOADS,
+    cores=st.sampled_from((0.5, 1.0, 2.0, 3.5, math.inf)),
+    siblings=st.sampled_from((0.0, 1.0, 4.0)),
+    contention=st.sampled_from((0.0, 0.4)),
+    wake_s=st.floats(0, 0.1),
+    send_s=st.floats(0, 0.1),
+    cross_s=st.floats(0, 0.1),
+    step_s=st.floats(0, 0.5),
+    step_work_fraction=st.floats(0, 1),
+    prefetch_factor=st.integers(1, 4),
+    start_s=st.floats(0, 1),
+)
+
+
+@_STEADY
+@given(setup=_SETUPS, batches=st.integers(1, 60), seed=st.integers(0, 9))
+def test_no_run_beats_its_bounds(setup: Setup, batches: int, seed: int) -> None:
+    """All work is done, once; it takes at least as long as the processors, each worker and the trainer need for their
+    shares, and no longer than everything one after the other."""
+    found = simulate(setup, batches, seed=seed)
+    loads = list(itertools.islice(setup.load.draw(random.Random(seed)), batches))
+    crossing = (setup.send_s + setup.cross_s) if setup.workers else 0.0
+    share, step_work_s = setup.load.work_fraction, setup.step_s * setup.step_work_fraction
+    work_s = sum(loads) * share + batches * (crossing + step_work_s)
+    waits_s = sum(loads) * (1 - share) + batches * (setup.step_s - step_work_s)
+    start_s = setup.start_s if setup.workers else 0.0
+    slack = 1e-6
+    assert found.batches == batches
+    assert found.work_s == pytest.approx(work_s, abs=slack)
+    capacity = max(n * setup.speed(n) for n in range(1, setup.workers + 2))
+    assert found.duration_s >= work_s / capacity - slack
+    assert found.duration_s >= sum(loads) / max(1, setup.workers) - slack
+    assert found.duration_s >= batches * (setup.step_s + (setup.cross_s if setup.workers else 0)) - slack
+    slowest = min(n * setup.speed(n) for n in range(1, setup.workers + 2))
+    wakes_s = (batches * 2 + setup.workers) * setup.wake_s
+    assert found.duration_s <= start_s + waits_s + wakes_s + work_s / min(1.0, slowest) + slack
+    # What is not waiting is the steps: as long as they are where the trainer has a processor for itself, longer else.
+    assert batches * setup.step_s - slack <= found.duration_s - found.wait_s
+    if setup.workers + 1 <= setup.cores and not setup.contention:
+        assert found.duration_s - found.wait_s == pytest.approx(batches * setup.step_s, abs=slack)
+    assert found.first_batch_s >= start_s + loads[0] - slack
+
+
+@_STEADY
+@given(setup=_SETUPS, batches=st.integers(1, 40), factor=st.sampled_from((0.01, 3.0, 1000.0)))
+def test_a_slower_clock_changes_nothing_else(setup: Setup, batches: int, factor: float) -> None:
+    """All times stretched: everything takes so much longer."""
+    stretched = dataclasses.replace(
+        setup,
+        load=dataclasses.replace(
+            setup.load,
+            mean_s=setup.load.mean_s * factor,
+            observed_s=tuple(factor * time_s for time_s in setup.load.observed_s),
+        ),
+        **{name: getattr(setup, name) * factor for name in ("wake_s", "send_s", "cross_s", "step_s", "start_s")},
+    )
+    one, other = simulate(setup, batches), simulate(stretched, batches)
+    for name in ("duration_s", "wait_s", "work_s", "first_batch_s"):
+        assert getattr(other, name) == pytest.approx(factor * getattr(one, name), rel=1e-6)
 
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
