@@ -62,8 +62,11 @@ class Spread:
     """How far the ranks differ in one number.
 
     Attributes:
-        lowest, median, highest: of the ranks' numbers, in the unit of the field.
-        lowest_rank, highest_rank: the first rank with that number.
+        lowest: of the ranks' numbers, in the unit of the field.
+        median: of them.
+        highest: of them.
+        lowest_rank: the first rank with the lowest.
+        highest_rank: the first rank with the highest.
     """
 
     lowest: float
@@ -82,17 +85,33 @@ class MergedSummary:
         ranks: how many summaries there were.
         complete: whether the epoch ran to its end on every rank.
         in_step: whether every rank was given the same number of batches.
-        batches, samples, bytes: delivered, by all ranks together.
+        batches: delivered by all ranks together.
+        samples: delivered by all ranks together.
+        bytes: delivered by all ranks together.
         duration_s: seconds that the slowest rank took.
-        samples_per_s, bytes_per_s: all of them in that time.
-        wait_s, step_s: seconds in ``next()`` and between two ``next()``, of all ranks together.
+        samples_per_s: all samples in that time.
+        bytes_per_s: all bytes in that time.
+        wait_s: seconds in ``next()``, of all ranks together.
+        step_s: seconds between two ``next()``, of all ranks together.
         wait_fraction: wait_s / (wait_s + step_s), 0 to 1.
-        faults, retries, replaced, skipped, quarantined, crashes, hangs, restarts, replayed_tasks, recycled,
-            workers_requested, workers_at_end: as in :class:`EpochSummary`, of all ranks together.
-        peak_worker_bytes, peak_trainer_bytes: of the largest process of any rank.
+        faults: as in :class:`EpochSummary`, like all that follow of all ranks together.
+        retries: samples that loaded when tried again.
+        replaced: samples whose place another one took.
+        skipped: samples that were left out.
+        quarantined: samples known to be bad, not fetched.
+        crashes: workers that died.
+        hangs: workers that were silent and killed.
+        restarts: processes started in a dead worker's place.
+        replayed_tasks: tasks given out again.
+        recycled: workers replaced because they held too much memory.
+        workers_requested: worker processes at the beginning.
+        workers_at_end: worker processes at the end.
+        peak_worker_bytes: resident memory of the largest worker of any rank.
+        peak_trainer_bytes: resident memory of the largest training process of any rank.
         worst_rank: the rank that waited longest for its batches. Where ranks step together, the others wait for it in
             their collectives, which counts as their ``step_s``.
-        verdict, advice: of that rank.
+        verdict: of that rank.
+        advice: of that rank.
         spreads: how far the ranks differ, by the name of the field.
     """
 
