@@ -20,8 +20,10 @@ setup: $(STAMP)  ## make .venv with everything that development needs
 demo: $(STAMP)  ## train on damaged data, with torch's loader and with this one (under two minutes)
 	@$(PY) -m robustloader demo
 
+# The frameworks have a process of their own: they bring hundreds of megabytes and threads, which others should not fork.
 test: $(STAMP)  ## run all tests
-	$(PY) -m pytest
+	$(PY) -m pytest --ignore=tests/frameworks
+	$(PY) -m pytest tests/frameworks
 
 check: $(STAMP)  ## format, lint, types and the fast tests (about a minute)
 	$(PY) -m ruff format --check .

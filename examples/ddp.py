@@ -24,7 +24,7 @@ class Points(Dataset):
         return 2000
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if index % 100 == 7 and dist.get_rank() == 0:
+        if index % 100 == 7 and os.environ["RANK"] == "0":
             raise OSError(f"point-{index:04d} is truncated")
         point = torch.randn(2, generator=torch.Generator().manual_seed(index))
         return point, int(point.sum() > 0)

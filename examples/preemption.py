@@ -1,8 +1,7 @@
 """A job is told to stop in the middle of an epoch, saves where it is, and goes on as if nothing had been.
 
 Run it with ``python examples/preemption.py``: it starts itself as a job, sends that job and its workers SIGTERM, starts
-it again, and compares what was trained on with a job that nobody stopped.
-"""
+it again, and compares the samples, each with a random augmentation, with those of a job that nobody stopped."""
 
 import os
 import signal
@@ -18,8 +17,6 @@ from robustloader import RobustDataLoader
 
 
 class Noisy(Dataset):
-    """Sample ``i`` is ``i`` with some noise: a random augmentation."""
-
     def __len__(self) -> int:
         return 300
 

@@ -86,6 +86,8 @@ class LoaderState(Setting):
         openings: the same of the run's next epoch, and of all later ones: whoever goes on does as this run would have.
         streams, generators: states of the global random generators (Python, NumPy, torch), and of the loader's and its
             samplers' own ones, just before that; the same ``_now``: when the state was taken.
+        sampler_epochs: what samplers with ``set_epoch`` had been told before the epoch began; empty between two epochs,
+            where telling them is still to come.
         workers: worker processes that the epoch began with; an iterable epoch keeps as many shards to its end.
         shards: one per shard (one without workers) of an iterable epoch.
         next_shard: the shard whose turn it is.
@@ -108,6 +110,7 @@ class LoaderState(Setting):
     streams_now: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     generators_now: tuple[str, ...] = ()
+    sampler_epochs: tuple[int, ...] = ()
     workers: int = 0
     shards: tuple[ShardState, ...] = ()
     next_shard: int = 0

@@ -13,7 +13,8 @@ import pytest
 from robustloader.testing import no_leaks
 
 DEADLINE_S = 90
-"""A test that takes longer hangs: the slowest ones here take a few seconds on two slow cores."""
+"""A test that takes longer hangs: the slowest ones here take a few seconds on two slow cores.
+``deadline`` marks more."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,14 +36,16 @@ def process_settings() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_hang() -> Iterator[None]:
+def no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that does not end fails, and the ones after it still run."""
+    marker = request.node.get_closest_marker("deadline")
+    deadline_s = DEADLINE_S if marker is None else marker.args[0]
 
     def expire(number: int, frame: Any) -> None:
-        pytest.fail(f"still running after {DEADLINE_S} s")
+        pytest.fail(f"still running after {deadline_s} s")
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(DEADLINE_S)
+    signal.alarm(deadline_s)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)

@@ -3,8 +3,9 @@
     python docs/images/demo.py            # about two minutes
     python docs/images/demo.py OUTPUT     # draw again from a demo's output that was kept
 
-The picture is a selection of the output's lines, each as it was printed but for what is cut at the right edge. What is
-left out is shown as an ellipsis, as is the summary, which README.md has as text. Needs rich (extra ``watch``).
+The picture is a selection of the output's lines, each as it was printed but for what is cut at the right edge, and for
+how long it took, which is the machine's. What is left out is shown as an ellipsis, as is the summary, which README.md
+has as text. Needs rich (extra ``watch``).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def selection(lines: list[str]) -> list[str]:
         *claims[:2],
         *held[:CLAIMS_SHOWN],
         ELLIPSIS,
-        next(line for line in claims if "claims hold" in line),
+        next(line.partition(",")[0] for line in claims if "claims hold" in line),
     ]
 
 

@@ -20,6 +20,7 @@ __all__ = ["SpareReservoir"]
 _MASK = (1 << 64) - 1
 _MULTIPLIER = 6_364_136_223_846_793_005  # of Knuth's MMIX, whose high bits are good
 _OFFERED_PER_TASK = 8
+_HASHED_AT_ONCE = 256
 
 
 def _mix(value: Any) -> Any:
@@ -55,6 +56,8 @@ class SpareReservoir:
         self._offers: dict[int, list[Any]] = {}
         self._open: dict[int, None] = {}
         self._observed = 0
+        self._hashed = range(0)  # the tasks that _hashes are of, by round
+        self._hashes: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._rows))
@@ -71,7 +74,7 @@ class SpareReservoir:
         count = len(indices)
         if not count:
             return
-        word = _mix(self._key ^ task)
+        word = self._hash(task, 0)
         offered = min(_OFFERED_PER_TASK, self._capacity)
         stride = max(1, count // offered)
         row = self._offers[task] = indices[word % stride :: stride][:offered]
@@ -138,13 +141,15 @@ class SpareReservoir:
                 rows = [*rows, offers]
         if not rows:
             return ()
-        state = _mix(self._key ^ task ^ (round << 48))
-        if len(rows) >= count > 0:  # one of each row, a stride apart: as good as any other choice, and quickly made
-            size, column = len(rows), state >> 48
+        state = self._hash(task, round)
+        size = len(rows)
+        if size >= count > 0:  # one of each row, a stride apart: as good as any other choice, and quickly made
+            column = state >> 48
             start, stride = state % size, 1 + (state >> 24) % (size // count)
-            places = range(start, start + count * stride, stride)
-            picked = [rows[place % size] for place in places]
-            return tuple(row[(column + step) % len(row)] for step, row in enumerate(picked))
+            picked = rows[start : start + count * stride : stride]
+            if len(picked) < count:  # once around
+                picked += rows[start + len(picked) * stride - size : start : stride][: count - len(picked)]
+            return tuple([row[(column + step) % len(row)] for step, row in enumerate(picked)])
         taken: dict[tuple[int, int], None] = {}
         most = sum(map(len, rows)) if len(rows) < count else count
         for _ in range(min(count, most)):
@@ -162,10 +167,21 @@ class SpareReservoir:
         """``task`` needs no spares any more."""
         self._open.pop(task, None)
         oldest = next(iter(self._open), self._observed)
-        while self._changes and self._changes[0][0] <= oldest:
-            self._changes.popleft()
-        for number in [number for number in self._offers if number <= task and number < oldest]:
-            del self._offers[number]
+        changes, offers = self._changes, self._offers
+        while changes and changes[0][0] <= oldest:
+            changes.popleft()
+        while (number := next(iter(offers), oldest)) < oldest:
+            del offers[number]
+
+    def _hash(self, task: int, round: int) -> int:
+        """A word of its own for each task and round; those that every task needs are found for many at once."""
+        if round > 1 or task < self._hashed.start:
+            return int(_mix(self._key ^ task ^ (round << 48)))
+        if task not in self._hashed:
+            self._hashed = range(task, task + _HASHED_AT_ONCE)
+            numbers = np.arange(task, task + _HASHED_AT_ONCE, dtype=np.uint64) ^ np.uint64(self._key)
+            self._hashes = {number: _mix(numbers ^ np.uint64(number << 48)).tolist() for number in (0, 1)}
+        return self._hashes[round][task - self._hashed.start]
 
     def _rows_at(self, task: int) -> list[list[Any]]:
         """The rows as they were when ``task`` had just been observed."""

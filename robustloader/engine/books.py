@@ -87,6 +87,9 @@ class Books:
         task = self.ledger.open(indices, as_list(indices, batched=self.batched))
         if self.desk.repairs:
             self.spares.observe(task.id, task.samples)
+            if not self.desk.known_bad:  # as a rule
+                task.spares = self.spares.draw(task.id, SPARES_PER_TASK)
+                return task
             self.avoid_known(task)
             if task.avoid:
                 left_out = [task.samples[position] for position in task.avoid]

@@ -63,6 +63,8 @@ from robustloader.worker.seeding import worker_seed
 __all__ = ["MultiprocessIterator"]
 
 _LOOK_EVERY_NS = 1_000_000
+_LARGE_BYTES = 1_000_000
+"""Batches from this size on: a message to say that one has been let go costs less than memory for another one."""
 
 
 @dataclass(slots=True)
@@ -418,14 +420,11 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _choose(self) -> Slot | None:
         """Who gets the next task: torch's rule over the live workers, or the least loaded one."""
-        live = self._crew.live
-        if not live:
-            return None
-        ledger = self._books.ledger
+        slots, ledger = self._crew.slots, self._books.ledger
         if self._options.seeding == "batch":
-            return min(live, key=lambda slot: ledger.waiting_for(slot.worker_id))
-        slots = self._crew.slots
-        capacity = self._prefetch * self.num_workers // len(live)
+            return min(self._crew.live, key=lambda slot: ledger.waiting_for(slot.worker_id), default=None)
+        if not self._in_order:
+            capacity = self._prefetch * self.num_workers // max(1, len(self._crew.live))
         for _ in slots:
             slot = slots[self._cycle % len(slots)]
             self._cycle += 1
@@ -491,6 +490,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif not self.closed and begun - self._looked_ns > _LOOK_EVERY_NS and self._has_ready():
             self._looked_ns = begun
             self._turn(0.0)
+        if self._last is not None and self._last[1].nbytes >= _LARGE_BYTES:
+            self._pool.tell_released()
         self._asked_ns, self._lay_ready = begun, books.ledger.ready
         heard_ns = begun
         while True:

@@ -23,6 +23,7 @@ from robustloader.system import host
 from robustloader.transport.arena import ForkToken, own_fork
 from robustloader.transport.channel import ArenaLost, Frame, channel_pair
 from robustloader.transport.codec import Parcel
+from robustloader.transport.messages import Released
 from robustloader.worker.beacon import INIT, Beacon, Reading
 from robustloader.worker.process import STACK_SIGNAL, Setup, run_worker
 
@@ -313,13 +314,19 @@ class Pool:
         worker.channel.send(message, parcel)
         self._watch_writing(worker)
 
+    def tell_released(self) -> None:
+        """Tell the workers now what they may use again, where otherwise their next task would."""
+        for worker in self.workers:
+            if worker.channel.has_released:
+                self.send(worker, Released())
+
     def _watch_writing(self, worker: Worker) -> None:
-        if worker.channel.closed or worker.gone_ns:
+        backlog = worker.channel.backlog
+        if backlog == worker.backlogged or worker.channel.closed or worker.gone_ns:
             return
-        if worker.channel.backlog != worker.backlogged:
-            worker.backlogged = worker.channel.backlog
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.backlogged else 0)
-            self._selector.modify(worker.channel, events, worker)
+        worker.backlogged = backlog
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if backlog else 0)
+        self._selector.modify(worker.channel, events, worker)
 
     def wake(self) -> None:
         """Let a ``wait`` under way return. Runs in any thread."""

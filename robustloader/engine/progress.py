@@ -22,10 +22,12 @@ _MARK_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """The random states before an epoch began: the global ones, and those of the loader's own generators."""
+    """What an epoch began with: random states, the global ones and those of the loader's own generators, and the epoch
+    that each sampler with ``set_epoch`` had been told."""
 
     streams: Streams
     generators: list[Any]
+    sampler_epochs: tuple[int, ...] = ()
 
 
 class Mark(NamedTuple):
@@ -277,4 +279,4 @@ class Journal:
         return progress
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"progress": None, "loaded": self.loaded, "beginning": None, "openings": self.openings}
+        return {**self.__dict__, "progress": None, "beginning": None}

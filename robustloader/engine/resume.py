@@ -18,6 +18,7 @@ from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
 from robustloader.engine.streams import (
     Streams,
+    all_samplers,
     decode_generator,
     decode_streams,
     encode_generator,
@@ -80,8 +81,28 @@ def stateful_sampler(loader: Any) -> Any:
 
 
 def note_beginning(loader: Any) -> Beginning:
-    """The random states before an epoch begins."""
-    return Beginning(streams=rng_states(), generators=[generator.get_state() for generator in own_generators(loader)])
+    """What an epoch is about to begin with."""
+    return Beginning(
+        streams=rng_states(),
+        generators=[generator.get_state() for generator in own_generators(loader)],
+        sampler_epochs=tuple(int(sampler.epoch) for sampler in _with_epochs(loader)),
+    )
+
+
+def _with_epochs(loader: Any) -> list[Any]:
+    """The samplers that are told which epoch begins, as torch's ``DistributedSampler`` is."""
+    return [
+        sampler
+        for sampler in all_samplers(loader)
+        if callable(getattr(sampler, "set_epoch", None)) and isinstance(getattr(sampler, "epoch", None), int)
+    ]
+
+
+def _tell_epochs(loader: Any, epochs: tuple[int, ...]) -> None:
+    """Frameworks that resume tell the samplers too late which epoch it is, or begin at 0 again."""
+    for sampler, epoch in zip(_with_epochs(loader), epochs, strict=False):
+        if sampler.epoch != epoch:
+            sampler.set_epoch(epoch)
 
 
 # --- saving
@@ -135,6 +156,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         opening=progress.opening,
         streams=encode_streams(progress.beginning.streams),
         generators=tuple(map(encode_generator, progress.beginning.generators)),
+        sampler_epochs=progress.beginning.sampler_epochs,
         workers=progress.workers,
         shards=tuple(_shard_state(shard, progress.stream) for shard in progress.shards),
         next_shard=progress.next_shard,
@@ -215,6 +237,7 @@ def begin_next(loader: Any, state: LoaderState, journal: Journal) -> None:
         with contextlib.suppress(Exception):  # the sampler's state_dict: whoever asks for a state will hear of it
             ended = pickle.dumps(stateful_sampler(loader).state_dict(), pickle.HIGHEST_PROTOCOL)
             journal.drained = ended, Mark(pickle.dumps(state.sampler_state[0], pickle.HIGHEST_PROTOCOL), ())
+    _tell_epochs(loader, state.sampler_epochs)
 
 
 def open_next(loader: Any, journal: Journal) -> Opened | None:
@@ -271,6 +294,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     The global random generators are what they were then meanwhile, and the user's again afterwards.
     """
     generators = _set_generators(loader, state.generators)
+    _tell_epochs(loader, state.sampler_epochs)
     streams = decode_streams(state.streams)
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
     spares = SpareReservoir(seed=state.base_seed, epoch=state.epoch)
@@ -299,7 +323,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         # What a sampler draws when it is first read belongs to here: read it.
         indices = itertools.chain(list(itertools.islice(indices, 1)), indices)
         onward = rng_states() if unread else None
-    beginning = Beginning(streams=streams, generators=generators)
+    beginning = Beginning(streams=streams, generators=generators, sampler_epochs=state.sampler_epochs)
     return Resumption(
         state=state,
         beginning=beginning,

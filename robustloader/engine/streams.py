@@ -17,6 +17,7 @@ from robustloader.worker.stateful import is_stateful
 __all__ = [
     "Continuation",
     "Streams",
+    "all_samplers",
     "decode_generator",
     "decode_streams",
     "encode_generator",
@@ -26,6 +27,9 @@ __all__ = [
 
 Streams = tuple[Any, Any, torch.Tensor]
 """States of the global Python, NumPy and torch CPU generators."""
+
+_NESTED = 3
+"""How many batch samplers around one another are looked into."""
 
 
 def encode_streams(streams: Streams) -> tuple[str, ...]:
@@ -76,18 +80,29 @@ def own_generators(loader: Any) -> list[torch.Generator]:
 
     Without torch's global one, which is nobody's own, and those of samplers that keep their own state.
     """
-    batch_sampler = loader.batch_sampler
-    inner = getattr(batch_sampler, "sampler", None)
-    places = [loader, batch_sampler, loader.sampler, inner]
     found: dict[int, torch.Generator] = {}
-    for place in places:
+    samplers = all_samplers(loader)
+    for place in [loader, *samplers]:
         generator = getattr(place, "generator", None)
         if isinstance(generator, torch.Generator) and generator is not torch.default_generator:
             found.setdefault(id(generator), generator)
-    for place in places[1:]:
+    for place in samplers:
         if is_stateful(place):
             found.pop(id(getattr(place, "generator", None)), None)
     return list(found.values())
+
+
+def all_samplers(loader: Any) -> list[Any]:
+    """The samplers of a loader, each once.
+
+    Frameworks put a batch sampler around another one (Accelerate shares batches out so): the inner ones count too.
+    """
+    batch_sampler = loader.batch_sampler
+    places = [batch_sampler, loader.sampler, getattr(batch_sampler, "sampler", None)]
+    for _ in range(_NESTED):
+        batch_sampler = getattr(batch_sampler, "batch_sampler", None)
+        places += [batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return list({id(place): place for place in places if place is not None}.values())
 
 
 class Continuation:

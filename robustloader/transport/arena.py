@@ -4,8 +4,9 @@ One memfd per worker incarnation, mapped once by each side (:class:`~robustloade
 large tensor has an *extent*: whole pages of its own. The worker allocates. It counts for each extent what still looks
 at it: tensors in the worker itself (user code may keep what ``collate_fn`` made), and batches in the training process.
 There, each extent that a batch uses has a *lease*, a weak reference to the very object that the tensor's storage keeps
-alive; when the lease ends, the extent's offset goes back with the next message to the worker. An extent that nothing
-looks at is used again: no page fault, no system call.
+alive; when the lease ends, the extent's offset goes back with the next message to the worker, or at once where batches
+are large. An extent that nothing looks at is used again: no page fault, no system call. Before a worker takes more
+memory, it looks whether an extent has come back.
 
 **Forks.** A child forked while an extent is leased may be reading it for as long as it lives, unseen from here. So that
 extent is never used again (:func:`own_fork` excepts our own workers: theirs ends with them). Where such extents add up,
@@ -23,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,12 +164,17 @@ class _Extent:
 class Arena:
     """The worker's side: allocates, fills, and reuses. Used by the worker's main thread only.
 
+    Args:
+        limits: how much memory it may take.
+        look: called before more memory is taken; may call :meth:`release` with what has been released meanwhile.
+
     Attributes:
         trouble: why something went through the socket instead, since the last :meth:`take_trouble`; or "".
     """
 
-    def __init__(self, limits: ArenaLimits) -> None:
+    def __init__(self, limits: ArenaLimits, look: Callable[[], None] | None = None) -> None:
         self._limits = limits
+        self._look = look
         self._refused_until = 0.0
         self._credit = 0
         self._unusable = False
@@ -263,6 +269,9 @@ class Arena:
             return None
         self._drain()
         offset = self._map.allocate_warm(nbytes)
+        if offset is None and self._look is not None and self._extents:
+            self._look()
+            offset = self._map.allocate_warm(nbytes)
         if offset is None:
             if not self._may_grow(whole_pages(nbytes)):
                 return None
@@ -400,6 +409,11 @@ class ArenaReader:
                 else:
                     self._waiting.append(lease)
         return released
+
+    @property
+    def has_released(self) -> bool:
+        """Whether a lease has ended since :meth:`take_released`."""
+        return bool(self._leases.ended) and not self.retired
 
     @property
     def wasteful(self) -> bool:

@@ -32,6 +32,7 @@ from robustloader.system.host import close_in_forked_children
 from robustloader.transport import codec
 from robustloader.transport.arena import ArenaReader
 from robustloader.transport.codec import Parcel, Placed
+from robustloader.transport.messages import as_plain, from_plain
 
 __all__ = ["ArenaLost", "Channel", "Frame", "channel_pair"]
 
@@ -150,20 +151,35 @@ class Channel:
             if self.arena.wasteful and not self.arena.retired:
                 self.arena.retired = True
                 flags |= _RENEW
-        frame = _pack(message, parcel, released, flags)
+        first, rest = _pack(message, parcel, released, flags)
         if arena_fd is not None:
-            self._send_descriptor(next(frame), arena_fd)
-        self._outgoing.extend(frame)
-        self.flush()
+            self._send_descriptor(first, arena_fd)
+        elif rest or self._outgoing or not self._send_whole(first):
+            self._outgoing.append(memoryview(first))
+        if rest or self._outgoing:
+            self._outgoing.extend(rest)
+            self.flush()
 
-    def _send_descriptor(self, first: memoryview, fd: int) -> None:
+    def _send_whole(self, first: bytes) -> bool:
+        """Send a frame that is one piece; whether nothing of it is left to send. Most are, and the socket has room."""
+        try:
+            sent = self._socket.send(first)
+        except BlockingIOError:
+            return False
+        except OSError:  # the peer is gone
+            return True
+        if sent < len(first):
+            self._outgoing.append(memoryview(first)[sent:])
+        return True
+
+    def _send_descriptor(self, first: bytes, fd: int) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         try:
             sent = self._socket.sendmsg([first], ancillary)
         except OSError:
             return
-        if sent < first.nbytes:
-            self._outgoing.append(first[sent:])
+        if sent < len(first):
+            self._outgoing.append(memoryview(first)[sent:])
 
     def flush(self) -> None:
         """Send what the socket takes (everything, on a blocking socket)."""
@@ -189,10 +205,15 @@ class Channel:
 
     # --- receiving
 
-    def receive(self) -> tuple[list[Frame], bool]:
+    @property
+    def has_released(self) -> bool:
+        """Whether there is something in the other side's arena to give back, with the next message."""
+        return self.arena is not None and self.arena.has_released
+
+    def receive(self, *, wait: bool = True) -> tuple[list[Frame], bool]:
         """Whole frames that have come in, and whether the other end is closed.
 
-        On a blocking socket it waits for some bytes first, and may return no frame.
+        On a blocking socket it waits for some bytes first, unless told not to, and may return no frame.
 
         Raises:
             ArenaLost: a frame cannot be read because its arena did not arrive.
@@ -205,7 +226,7 @@ class Channel:
             wanted = target if target is not None else self._scratch
             try:
                 if blocking:
-                    count = self._socket.recv_into(wanted)
+                    count = self._socket.recv_into(wanted, 0, 0 if wait else socket.MSG_DONTWAIT)
                 else:
                     count, ancillary, _, _ = self._socket.recvmsg_into([wanted], _ANCILLARY_BYTES)
                     if ancillary:
@@ -250,12 +271,12 @@ class Channel:
             raise ArenaLost(str(error)) from error
 
 
-def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> Iterator[memoryview]:
+def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> tuple[bytes, list[memoryview]]:
+    """A frame: all of it, or its beginning and the other parts."""
     if parcel is None:
         envelope = _envelope(message)
-        head = _HEAD.pack(len(envelope), 0, 0, len(released) // _EXTENT_BYTES, flags)
-        return iter((memoryview(head + released + envelope),))
-    envelope = pickle.dumps(message, 5)
+        return _HEAD.pack(len(envelope), 0, 0, len(released) // _EXTENT_BYTES, flags) + released + envelope, []
+    envelope = pickle.dumps(as_plain(message), 5)
     entries = [*parcel.buffers]
     pickled = parcel.pickled
     if isinstance(pickled, Placed):
@@ -270,25 +291,21 @@ def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> I
     )
     head = _HEAD.pack(len(envelope), len(entries), len(pickled), len(released) // _EXTENT_BYTES, flags)
     if len(pickled) <= _JOIN_BYTES and all(isinstance(entry, Placed) for entry in entries):
-        return iter((memoryview(b"".join((head, table, released, envelope, pickled))),))
-    parts = [
-        memoryview(b"".join((head, table, released, envelope))),
-        memoryview(pickled),
-        *(entry.memory for entry in entries if not isinstance(entry, Placed)),
-    ]
-    return (part for part in parts if part.nbytes)
+        return b"".join((head, table, released, envelope, pickled)), []
+    parts = [memoryview(pickled), *(entry.memory for entry in entries if not isinstance(entry, Placed))]
+    return b"".join((head, table, released, envelope)), [part for part in parts if part.nbytes]
 
 
 def _envelope(message: Any) -> bytes:
     """Messages hold the user's indices, which may be anything: pickled like a batch, with all buffers inside."""
-    indices = getattr(message, "indices", None)
+    plain, indices = as_plain(message), getattr(message, "indices", None)
     if type(indices) is list and _PLAIN.issuperset(map(type, indices)):
-        return pickle.dumps(message, 5)
-    parcel = codec.dumps(message)
+        return pickle.dumps(plain, 5)
+    parcel = codec.dumps(plain)
     if not parcel.buffers:
         assert not isinstance(parcel.pickled, Placed)
         return bytes(parcel.pickled)
-    return pickle.dumps(message, 5)
+    return pickle.dumps(plain, 5)
 
 
 def _first(parts: deque[memoryview]) -> Iterator[memoryview]:
@@ -328,15 +345,15 @@ class _Parser:
         frames = []
         while data.nbytes:
             if self._stage == "head" and not self._have and data.nbytes >= _HEAD.size:
-                body = self._body_size(data)
-                end = _HEAD.size + body
-                if body and data.nbytes >= end:  # all of it is here: nothing to wait for, and nothing to piece together
-                    self._stage = "body"
-                    self._expect(memoryview(bytes(data[_HEAD.size : end])))
+                end = _HEAD.size + self._body_size(data)
+                if data.nbytes >= end:  # all of it is here: nothing to wait for, and nothing to piece together
+                    whole = self._open_body(memoryview(bytes(data[_HEAD.size : end])))
                     data = data[end:]
-                    frame = self._advance()
-                    if frame is not None:
-                        frames.append(frame)
+                    if self._pending:
+                        self._stage, self._frame = "buffers", whole
+                        self._expect(self._pending.pop())
+                    else:
+                        frames.append(whole)
                     continue
             take = min(self._wanted.nbytes - self._have, data.nbytes)
             self._wanted[self._have : self._have + take] = data[:take]
@@ -362,7 +379,7 @@ class _Parser:
             return None
         if self._stage == "body":
             self._stage = "buffers"
-            self._open_body(self._wanted)
+            self._frame = self._open_body(self._wanted)
         if self._pending:
             self._expect(self._pending.pop())
             return None
@@ -370,7 +387,7 @@ class _Parser:
         self._begin()
         return frame
 
-    def _open_body(self, body: memoryview) -> None:
+    def _open_body(self, body: memoryview) -> Frame:
         """Read the table, take leases and make room for what follows in the frame."""
         envelope, count, _, released, flags = self._sizes
         channel = self._channel
@@ -378,6 +395,7 @@ class _Parser:
             channel.install_arena()
         place = 0
         blocks: list[tuple[int, Any]] = []
+        self._pending = []
         for _ in range(count):
             low, size, position, extent = _ENTRY.unpack_from(body, place)
             place += _ENTRY.size
@@ -394,6 +412,6 @@ class _Parser:
         if released:
             extents = struct.unpack_from(f"={released}q", body, place)
             place += released * _EXTENT_BYTES
-        message = pickle.loads(body[place : place + envelope])
+        message = from_plain(pickle.loads(body[place : place + envelope]))
         payload = memoryview(blocks.pop()[1]) if flags & _PAYLOAD_PLACED else body[place + envelope :]
-        self._frame = Frame(message, payload, blocks, extents, bool(flags & _RENEW))
+        return Frame(message, payload, blocks, extents, bool(flags & _RENEW))

@@ -1,6 +1,6 @@
 """What the two sides say to each other, one class per message.
 
-Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`.
+Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`, :class:`Released`.
 Worker to training process: :class:`Ready`, :class:`Resumed`, :class:`StartFailed`, :class:`Fetched`, :class:`Unfilled`,
 :class:`Failed`, :class:`Exhausted`, :class:`TrialPassed`.
 
@@ -24,6 +24,7 @@ __all__ = [
     "Fetched",
     "Raised",
     "Ready",
+    "Released",
     "Report",
     "Resume",
     "Resumed",
@@ -31,6 +32,8 @@ __all__ = [
     "Trial",
     "TrialPassed",
     "Unfilled",
+    "as_plain",
+    "from_plain",
 ]
 
 MESSAGE_CHARS = 4_096
@@ -67,6 +70,10 @@ class Resume(NamedTuple):
     run: int
     epoch: int
     base_seed: int
+
+
+class Released(NamedTuple):
+    """Nothing to do: only that memory of the arena may be used again, which goes along with any message."""
 
 
 class Resumed(NamedTuple):
@@ -218,6 +225,36 @@ class StartFailed(NamedTuple):
     """The worker cannot work: its dataset does not unpickle, or ``worker_init_fn`` raised."""
 
     raised: Raised
+
+
+_KINDS: tuple[type[Any], ...] = (
+    Fetch,
+    Trial,
+    Resume,
+    Ready,
+    Resumed,
+    StartFailed,
+    Fetched,
+    Unfilled,
+    Failed,
+    Exhausted,
+    TrialPassed,
+    Released,
+)
+_NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
+
+
+def as_plain(message: Any) -> tuple[Any, ...]:
+    """A message as the number of its class and its fields. Such a tuple takes a quarter of the time to pickle that an
+    object takes whose class must be looked up by name, on either side."""
+    number = _NUMBERS.get(type(message))
+    return (None, message) if number is None else (number, *message)
+
+
+def from_plain(plain: tuple[Any, ...]) -> Any:
+    """The message again."""
+    number = plain[0]
+    return plain[1] if number is None else tuple.__new__(_KINDS[number], plain[1:])
 
 
 def _cut(text: str, limit: int) -> str:

@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -25,7 +26,7 @@ from robustloader.policies import FaultPolicy
 from robustloader.system import host, torch_private
 from robustloader.transport import codec
 from robustloader.transport.arena import Arena, ArenaLimits
-from robustloader.transport.channel import Channel
+from robustloader.transport.channel import Channel, Frame
 from robustloader.transport.messages import (
     Exhausted,
     Failed,
@@ -147,6 +148,44 @@ def run_worker(setup: Setup) -> None:
         worker.serve()
 
 
+class _Inbox:
+    """What the training process has sent. Read when the worker waits for work, and before its arena takes more memory:
+    extents are taken back as soon as they are seen, messages are served in their order."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.arena: Arena | None = None
+        self._channel = channel
+        self._frames: deque[Frame] = deque()
+        self._gone = False
+        self._error: Exception | None = None
+
+    def next(self) -> Frame | None:
+        """The next frame, waiting for it; None once the training process has closed its end."""
+        while not self._frames:
+            if self._error is not None:
+                raise self._error
+            if self._gone:
+                return None
+            self._take(wait=True)
+        return self._frames.popleft()
+
+    def look(self) -> None:
+        """Take in what is there by now. This is in the middle of a task: what goes wrong waits for :meth:`next`."""
+        if self._gone or self._error is not None:
+            return
+        try:
+            self._take(wait=False)
+        except Exception as error:  # the unpickling of a user's indices
+            self._error = error
+
+    def _take(self, *, wait: bool) -> None:
+        frames, self._gone = self._channel.receive(wait=wait)
+        self._frames.extend(frames)
+        if self.arena is not None:
+            for frame in frames:
+                self.arena.release(frame.released)
+
+
 class _Worker:
     def __init__(self, setup: Setup, channel: Channel, beacon: Beacon, where: str) -> None:
         self.setup = setup
@@ -157,7 +196,9 @@ class _Worker:
         self.epoch = setup.epoch
         self.base_seed = setup.base_seed
         self._rss = self._rss_due_ns = 0
-        self.arena = Arena(setup.arena) if setup.arena is not None else None
+        self.inbox = _Inbox(channel)
+        self.arena = Arena(setup.arena, self.inbox.look) if setup.arena is not None else None
+        self.inbox.arena = self.arena
         self.stacker = Stacker(self.arena)
         self.meter = MemoryMeter(setup.max_worker_bytes)
         self._quiet_signals()
@@ -210,28 +251,21 @@ class _Worker:
         for _ in range(self.setup.skip):
             self.fetcher.fetch(Fetch(self.run, -1, self.setup.indices))
         self.beacon.finish()
-        while True:
-            frames, gone = self.channel.receive()
-            for frame in frames:
-                if self.beacon.dismissed:
-                    return
-                message = frame.message
-                if self.arena is not None:
-                    self.arena.release(frame.released)
-                    if frame.renew:
-                        self.arena.renew()
-                if isinstance(message, Fetch):
-                    self._serve_fetch(message)
-                elif isinstance(message, Resume):
-                    if not self._resume(message):
-                        return
-                elif isinstance(message, Trial):
-                    self.fetcher.trial(message)
-                    self.beacon.finish()
-                    self.channel.send(TrialPassed(message.run, message.task, message.position))
-            del frames
-            if gone:
+        while (frame := self.inbox.next()) is not None:
+            if self.beacon.dismissed:
                 return
+            message = frame.message
+            if frame.renew and self.arena is not None:
+                self.arena.renew()
+            if isinstance(message, Fetch):
+                self._serve_fetch(message)
+            elif isinstance(message, Resume):
+                if not self._resume(message):
+                    return
+            elif isinstance(message, Trial):
+                self.fetcher.trial(message)
+                self.beacon.finish()
+                self.channel.send(TrialPassed(message.run, message.task, message.position))
 
     def _resume(self, message: Resume) -> bool:
         self.run, self.epoch, self.base_seed = message.run, message.epoch, message.base_seed

@@ -6,16 +6,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 LIMIT_S = 85
+SLOW = {"ray_train.py": 280}
+"""Ray starts a dozen processes, each of which imports torch: minutes on a busy machine."""
 LINES = 60
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[path.name for path in EXAMPLES])
+def limited(path: Path) -> Any:
+    """The example as a parameter, with the deadline that a slow one has."""
+    marks = [pytest.mark.deadline(SLOW[path.name] + 20)] if path.name in SLOW else []
+    return pytest.param(path, id=path.name, marks=marks)
+
+
+@pytest.mark.parametrize("example", map(limited, EXAMPLES))
 def test_examples_run(example: Path) -> None:
     """Exit status 0 without arguments, and without a network: what would reach for one is sent nowhere."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -27,7 +36,7 @@ def test_examples_run(example: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=SLOW.get(example.name, LIMIT_S),
     )
     assert done.returncode == 0, f"{done.stdout[-2_000:]}\n{done.stderr[-6_000:]}"
 

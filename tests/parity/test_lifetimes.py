@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import io
+import mmap
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from robustloader import RobustDataLoader, TelemetryPolicy, TransportDegraded
+from robustloader.engine.pool import Pool
 from robustloader.system.torch_private import worker_processes
+from robustloader.transport.messages import Released
 from tests.support.watch import await_death
 
 SHAPE = (3, 64, 64)  # 48 KiB of float32: an extent of its own even where small tensors stay in the frame
@@ -33,8 +37,8 @@ class Numbered(Dataset[Any]):
         return torch.full(SHAPE, float(index)), index
 
 
-def check(batches: list[Any], batch_size: int = 4) -> None:
-    for number, (images, labels) in enumerate(batches):
+def check(batches: list[Any], batch_size: int = 4, start: int = 0) -> None:
+    for number, (images, labels) in enumerate(batches, start):
         wanted = torch.arange(number * batch_size, number * batch_size + len(labels))
         assert torch.equal(labels, wanted)
         assert torch.equal(images[:, 0, 0, 0], wanted.float())
@@ -144,10 +148,57 @@ def test_labels_alone_are_cheap_to_keep(transport: str) -> None:
     assert held < 60 * 4 * 4 * 12_288, f"{held:,} bytes are held by 300 batches' labels"
 
 
-def shared_bytes() -> int:
-    """Memory of all arenas that this process maps."""
+class Paced(Numbered):
+    """A worker loads batch ``t`` of four once the trainer has been handed batch ``t - 2``."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.handed: Any = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")  # shared with forked workers
+
+    def __getitem__(self, index: int) -> Any:
+        while self.handed[0] < index // 4 - 2:
+            time.sleep(0.001)
+        return super().__getitem__(index)
+
+
+def test_a_worker_needs_no_more_memory_than_is_held_or_under_way(transport: str) -> None:
+    """What the trainer let go of is used again before the arena grows, although it came with a task further behind."""
+    dataset = Paced(160)
+    iterator = iter(RobustDataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context="fork"))
+    arenas: list[int] = []
+    for number, batch in enumerate(iterator):
+        check([batch], start=number)
+        dataset.handed[0] = number
+        if number == 30:
+            arenas = [shared_bytes(process.pid) for process in worker_processes(iterator)]
+    one = 4 * 4 * 3 * 64 * 64
+    assert len(arenas) == 2
+    if transport == "arena":
+        assert all(one <= held <= 2.5 * one for held in arenas), arenas
+
+
+@pytest.mark.parametrize(("batch_size", "told"), [(32, True), (4, False)])
+def test_large_batches_are_given_back_at_once(
+    monkeypatch: pytest.MonkeyPatch, transport: str, batch_size: int, told: bool
+) -> None:
+    """That a large batch was let go is told before the next one is waited for; of small ones the next task tells."""
+    messages: list[Any] = []
+    send = Pool.send
+
+    def listen(pool: Pool, worker: Any, message: Any, *rest: Any) -> None:
+        messages.append(message)
+        send(pool, worker, message, *rest)
+
+    monkeypatch.setattr(Pool, "send", listen)
+    for number, batch in enumerate(RobustDataLoader(Numbered(16 * batch_size), batch_size=batch_size, num_workers=2)):
+        check([batch], batch_size, start=number)
+    assert any(isinstance(message, Released) for message in messages) == (told and transport != "pipe")
+
+
+def shared_bytes(pid: int | str = "self") -> int:
+    """Memory of all arenas that a process maps."""
     total, inside = 0, False
-    with open("/proc/self/smaps") as file:
+    with open(f"/proc/{pid}/smaps") as file:
         for line in file:
             if "-" in line.split(" ", 1)[0]:
                 inside = "robustloader-arena" in line

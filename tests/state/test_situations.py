@@ -402,6 +402,24 @@ def test_the_elastic_sampler_is_torchs(size: int, ranks: int, shuffle: bool, dro
             assert (list(ours), len(ours)) == (list(theirs), len(theirs))
 
 
+@pytest.mark.parametrize("kind", [DistributedSampler, ElasticDistributedSampler])
+@pytest.mark.parametrize("told", [None, 0])
+def test_the_epoch_that_a_sampler_was_told_is_kept(kind: Any, told: int | None) -> None:
+    """torch's sampler does not keep it: whoever resumes may forget it, or say another, before the epoch goes on."""
+    data = RobustDataLoader(Numbers(20), 3, sampler=kind(range(20), 2, 1))
+    data.sampler.set_epoch(5)
+    iterator = iter(data)
+    head = numbers(itertools.islice(iterator, 2))
+    resumed = RobustDataLoader(Numbers(20), 3, sampler=kind(range(20), 2, 1))
+    resumed.load_state_dict(data.state_dict())
+    if told is not None and kind is DistributedSampler:
+        resumed.sampler.set_epoch(told)
+    rest = numbers(resumed)
+    assert rest == numbers(iterator)
+    assert len(head + rest) == 10
+    assert resumed.sampler.epoch == 5
+
+
 @pytest.mark.parametrize(("later", "workers"), [(1, 0), (6, 0), (16, 0), (6, 1)])
 def test_a_job_goes_on_with_another_number_of_ranks(later: int, workers: int) -> None:
     """Saved by 8 ranks: the others read what is left of the global order, each sample once."""

@@ -99,6 +99,27 @@ def test_an_extent_is_used_again_once_nothing_looks_at_it(ends: Ends) -> None:
     assert bool((second == 1).all() and (third == 2).all())
 
 
+def test_what_was_released_meanwhile_is_used_before_more_memory_is_taken(ends: Ends) -> None:
+    """An arena that would have to grow looks first, and lays the batch where a released one lay."""
+    looked = []
+
+    def look() -> None:
+        assert ends.reader is not None
+        looked.append(ends.arena._map.resident)
+        ends.arena.release(ends.reader.take_released())
+
+    ends.arena._look = look
+    held, first = ends.carry(torch.zeros(BIG)), ends.carry(torch.zeros(BIG))
+    before = len(looked)
+    del first
+    parcel = ends.arena.place(codec.dumps(torch.ones(BIG)))
+    assert len(looked) == before + 1
+    assert ends.arena._map.resident == looked[-1], "it grew, although an extent had been released"
+    assert not held.any()
+    (placed,) = parcel.buffers
+    ends.block(placed)
+
+
 @pytest.mark.parametrize("keep", [lambda t: t[3:5], lambda t: t.untyped_storage(), lambda t: t.numpy()[7:], memoryview])
 def test_whatever_looks_at_it_keeps_it(ends: Ends, keep: Callable[[Any], Any]) -> None:
     """Views, storages, arrays and memoryviews of a delivered tensor hold its extent."""
