@@ -74,7 +74,7 @@ class Blame:
     _cleared: set[int] = field(default_factory=set)
 
     def sample_died(self, key: Key, cause: Cause, *, on_trial: bool, task: int = -1) -> Judgement:
-        """A worker died of ``cause`` with one sample in hand, of that task."""
+        """A worker died of ``cause`` with one sample in hand, of that task (-1: not one that a task can do without)."""
         suspect = self._samples.setdefault(key, _Suspect())
         if cause == "memory" and not suspect.memory_deaths:
             # The kernel takes whoever is largest, not whoever asked for the last page.

@@ -81,7 +81,7 @@ class Recovery:
             self._requeue(lost)
             self._restart_or_shrink(slot, cause, None)
             return
-        judgement = self._judge(task, key, cause, on_trial=case is not None)
+        judgement = self._judge(task, position, key, cause, on_trial=case is not None)
         waiting = case.waiting if case is not None else []
         if judgement.action == "trial" and key is not None and position is not None:
             suspected = [other for other in lost if key in map(index_key, other.samples)]
@@ -121,7 +121,7 @@ class Recovery:
             return
         reason = f"{deaths} of its processes died at the same point of the stream ({cause})"
         task = lost[0] if lost else Task(-1, None, [])
-        self._record("poison", None, reason, task, deaths, event, "skipped")
+        self._record("poison", None, reason, task, deaths, event, "skipped", died.worker.stack)
         self.books.desk.end_shard(self.books.recording, slot.worker_id, slot.batches, reason)
         self.crew.spend(cause, None)
         self.crew.forgive(None, deaths)
@@ -129,13 +129,14 @@ class Recovery:
         self.books.withdraw_stream(slot.worker_id)
         slot.orders.clear()
 
-    def _judge(self, task: Task, key: Key | None, cause: Cause, *, on_trial: bool) -> Judgement:
+    def _judge(self, task: Task, position: int | None, key: Key | None, cause: Cause, *, on_trial: bool) -> Judgement:
         blame = self.books.blame
         if key is None:
             return blame.task_died(task.id, cause, careful=task.careful)
         if key in self.books.desk.known_bad:
             return Judgement("convict", refund=1, deaths=1)
-        return blame.sample_died(key, cause, on_trial=on_trial, task=task.id)
+        place = task.id if position is not None and position >= 0 else -1  # a spare has no place to be left out of
+        return blame.sample_died(key, cause, on_trial=on_trial, task=place)
 
     def _requeue(self, tasks: list[Task]) -> None:
         for task in tasks:

@@ -118,8 +118,8 @@ class Lane:
 
     Attributes:
         waiting: names of rows, one for each run that is still to be done.
-        row: what the process runs now, since ``began``.
-        served: rows that the process has run.
+        pid, link: of that process, where there is one.
+        row: what it runs now, since ``began``.
     """
 
     method: str
