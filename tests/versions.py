@@ -43,6 +43,9 @@ PARTS = (
     "tests/chaos/test_starting.py",
     "tests/chaos/test_streams.py",
 )
+TOOLS = ("hypothesis", "mypy", "opentelemetry-sdk", "pytest", "types-psutil", "types-tqdm")
+"""Of the extra ``dev``, what these files need: the rest, with its frameworks, has versions of torch of its own."""
+
 LIMIT_S = 1800.0
 """A file that takes longer has hung: the slowest takes a few minutes on two slow cores."""
 
@@ -114,7 +117,7 @@ def make_environment(interpreter: str, torch: str, folder: Path, before: tuple[s
     made.install("--no-cache-dir", f"torch=={torch}")
     pins = folder / "constraints.txt"
     pins.write_text("\n".join(merge_pins((source / "constraints.txt").read_text().splitlines(), made.freeze())) + "\n")
-    made.install("-c", str(pins), "-e", ".[demo,dev]")
+    made.install("-c", str(pins), "-e", ".[demo,telemetry,tune,watch]", *TOOLS)
     return made
 
 
