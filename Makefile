@@ -7,10 +7,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 RESULT := benchmarks/results/full.json
+VERSIONS ?= python3.12=2.6.0 python3.13=2.15.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench bench-quick bench-recovery bench-workers chaos soak docs clean
+.PHONY: help setup demo test test-cuda check bench bench-quick bench-recovery bench-workers bench-cuda chaos soak versions
+.PHONY: docs clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +26,9 @@ demo: $(STAMP)  ## train on damaged data, with torch's loader and with this one 
 test: $(STAMP)  ## run all tests
 	$(PY) -m pytest --ignore=tests/frameworks
 	$(PY) -m pytest tests/frameworks
+
+test-cuda: $(STAMP)  ## run the tests that need a CUDA device, and say why where there is none
+	$(PY) -m pytest -rs tests/cuda
 
 check: $(STAMP)  ## format, lint, types and the fast tests (about a minute)
 	$(PY) -m ruff format --check .
@@ -45,6 +50,12 @@ bench-recovery: $(BENCH_STAMP)  ## measure what kills and bad samples cost (unde
 bench-workers: $(BENCH_STAMP)  ## how many workers: seven datasets, tune(), "auto", the simulator (20 minutes, quiet machine)
 	$(PY) -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images
 	$(PY) -m benchmarks.workers_page benchmarks/results/num_workers.json docs/guide/num-workers.md
+
+bench-cuda: $(BENCH_STAMP)  ## measure copies to a CUDA device and how long it idles in training (needs one; ten minutes)
+	$(PY) -m benchmarks.cuda --out benchmarks/results/cuda.json --page docs/benchmarks.md
+
+versions: $(STAMP)  ## the fast suite under other versions, one environment at a time (hours; VERSIONS='python3.12=2.6.0 …')
+	$(PY) -m tests.versions $(VERSIONS) -o benchmarks/results/versions.json
 
 chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
 	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json

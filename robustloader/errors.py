@@ -157,7 +157,7 @@ class FaultBudgetError(SampleError):
         )
         self.faults = faults
         self.samples = samples
-        self.records = tuple(records)
+        self.records: tuple[FaultRecord, ...] = tuple(records)
 
 
 class WorkerError(RobustLoaderError, RuntimeError):
@@ -243,7 +243,7 @@ class RestartBudgetError(WorkerError):
         self, message: str, *, history: Sequence[Event] = (), worker_id: int | None = None, pid: int | None = None
     ) -> None:
         super().__init__(message, worker_id=worker_id, pid=pid)
-        self.history = tuple(history)
+        self.history: tuple[Event, ...] = tuple(history)
 
 
 class ResourceError(RobustLoaderError, RuntimeError):

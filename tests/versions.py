@@ -4,7 +4,8 @@ Question: does what is promised for torch 2.6 to 2.15 and for each Python hold t
 Method: for each pair, one after another: an environment from nothing, torch of that version as PyPI has it, everything
 else as ``constraints.txt`` pins it (except what torch itself asks for), the last commit unpacked beside it, mypy, and
 each file of ``PARTS`` in a pytest of its own, so that an interpreter that dies costs one file. Then the environment is
-removed. The result file is written after each pair and keeps the others that it has.
+removed. The result file is written after each file, names the commit of each, and keeps the pairs that it has: started
+again on the same commit, a run goes on where it stopped.
 Trap: on Linux, PyPI's torch brings three gigabytes of CUDA or more; TMPDIR should be on a disk that holds 10 GB.
 Rerun: as above, with as many pairs as wanted; ``--only TEXT`` runs the files whose path contains it, without mypy;
 ``--before 'nice -n 19'`` puts a command before each step that computes. Exit status 1 when anything failed.
@@ -19,7 +20,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,48 +43,41 @@ PARTS = (
     "tests/chaos/test_starting.py",
     "tests/chaos/test_streams.py",
 )
+TOOLS = ("hypothesis", "mypy", "opentelemetry-sdk", "pytest", "types-psutil", "types-tqdm")
+"""Of the extra ``dev``, what these files need: the rest, with its frameworks, has versions of torch of its own."""
+
 LIMIT_S = 1800.0
 """A file that takes longer has hung: the slowest takes a few minutes on two slow cores."""
 
 
 @dataclass
 class Outcome:
-    """What became of one environment."""
+    """What became of one environment: of mypy, and of each file, as far as they have been run."""
 
     python: str
     torch: str
     versions: dict[str, str]
-    commit: str
-    counts: Counter[str] = field(default_factory=Counter)
-    failures: list[dict[str, str]] = field(default_factory=list)
-    parts: dict[str, dict[str, int]] = field(default_factory=dict)
-    types: str = ""
-    duration_s: float = 0.0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, part: str, counts: Counter[str], failures: list[dict[str, str]]) -> None:
-        """Enter one file's tests under its folder."""
-        so_far = Counter(self.parts.get(part, {}))
-        self.parts[part] = dict(sorted((so_far + counts).items()))
-        self.counts += counts
-        self.failures += failures
+    def add(self, name: str, commit: str, counts: Counter[str], failures: list[dict[str, str]]) -> None:
+        """Enter one file's tests, in the place of an earlier run of it."""
+        self.files[name] = {"commit": commit, **dict(sorted(counts.items())), "failures": failures}
 
-    @property
-    def ok(self) -> bool:
-        """Whether tests ran, none failed, and the types hold."""
-        return self.counts["passed"] > 0 and not self.failures and not self.types
+    def counts(self) -> Counter[str]:
+        """Tests of all files together."""
+        words = ("passed", "failed", "skipped")
+        return Counter({word: sum(entry.get(word, 0) for entry in self.files.values()) for word in words})
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the result file."""
+        counts = self.counts()
         return {
             "python": self.python,
             "torch": self.torch,
-            "commit": self.commit,
-            "ok": self.ok,
-            "counts": dict(sorted(self.counts.items())),
-            "parts": self.parts,
-            "failures": self.failures,
-            "types": self.types,
-            "duration_s": round(self.duration_s, 1),
+            "ok": counts["passed"] > 0 and not counts["failed"],
+            "counts": dict(counts),
+            "commits": sorted({entry["commit"] for entry in self.files.values()}),
+            "files": dict(sorted(self.files.items())),
             "versions": self.versions,
         }
 
@@ -124,7 +117,7 @@ def make_environment(interpreter: str, torch: str, folder: Path, before: tuple[s
     made.install("--no-cache-dir", f"torch=={torch}")
     pins = folder / "constraints.txt"
     pins.write_text("\n".join(merge_pins((source / "constraints.txt").read_text().splitlines(), made.freeze())) + "\n")
-    made.install("-c", str(pins), "-e", ".[demo,dev]")
+    made.install("-c", str(pins), "-e", ".[demo,telemetry,tune,watch]", *TOOLS)
     return made
 
 
@@ -143,13 +136,13 @@ def canonical(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def test_files(source: Path, only: str | None) -> Iterator[tuple[str, str]]:
-    """Each file to run, with the folder it counts for."""
+def test_files(source: Path, only: str | None) -> Iterator[str]:
+    """Each file to run."""
     for part in PARTS:
         for path in sorted((source / part).glob("test_*.py")) if (source / part).is_dir() else [source / part]:
             name = str(path.relative_to(source))
             if only is None or only in name:
-                yield str(Path(name).parent), name
+                yield name
 
 
 def run_file(environment: Environment, name: str, report: Path) -> tuple[Counter[str], list[dict[str, str]]]:
@@ -182,41 +175,66 @@ def read_report(text: str) -> tuple[Counter[str], list[dict[str, str]]]:
     return counts, failures
 
 
-def run_pair(interpreter: str, torch: str, *, before: tuple[str, ...], only: str | None) -> Outcome:
+def run_pair(interpreter: str, torch: str, *, before: tuple[str, ...], only: str | None, out: Path | None) -> Outcome:
     """Make one environment, run everything in it, and remove it."""
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="robustloader-versions-") as name:
         folder = Path(name)
+        commit = ask(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
         environment = make_environment(interpreter, torch, folder, before)
         versions = environment.freeze()
-        python = environment.compute("-c", "import platform; print(platform.python_version())", capture_output=True)
-        commit = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        outcome = Outcome(python.stdout.strip(), versions["torch"], versions, commit.stdout.strip())
+        python = ask([str(environment.python), "-c", "import platform; print(platform.python_version())"])
+        outcome = Outcome(python, versions["torch"], versions, kept(out, python, versions["torch"]))
         print(f"Python {outcome.python}, torch {outcome.torch}", flush=True)
-        if only is None:
-            types = environment.compute("-m", "mypy", "--cache-dir", str(folder / "mypy"), capture_output=True)
-            outcome.types = types.stdout[-4000:] if types.returncode else ""
-            print(f"  mypy: {types.stdout.strip().splitlines()[-1] if types.stdout else types.stderr}", flush=True)
-        for part, test in test_files(environment.source, only):
-            counts, failures = run_file(environment, test, folder / "report.xml")
-            outcome.add(part, counts, failures)
-            print(f"  {test}: {', '.join(f'{number} {word}' for word, number in counts.items())}", flush=True)
+        steps = [] if only else ["mypy"]
+        for step in (*steps, *test_files(environment.source, only)):
+            if outcome.files.get(step, {}).get("commit") == commit:
+                continue  # started again: this one is done
+            if step == "mypy":
+                counts, failures = run_mypy(environment, folder / "mypy")
+            else:
+                counts, failures = run_file(environment, step, folder / "report.xml")
+            outcome.add(step, commit, counts, failures)
+            print(f"  {step}: {', '.join(f'{number} {word}' for word, number in counts.items())}", flush=True)
             for failure in failures:
                 print(f"    {failure['test']}: {failure['said'].splitlines()[0][:160]}", flush=True)
-    outcome.duration_s = time.monotonic() - began
+            if out is not None:
+                keep(out, outcome)
     return outcome
+
+
+def run_mypy(environment: Environment, cache: Path) -> tuple[Counter[str], list[dict[str, str]]]:
+    """The package's own types, with the annotations that this torch has; counted as one test."""
+    done = environment.compute("-m", "mypy", "--cache-dir", str(cache), capture_output=True)
+    if done.returncode:
+        return Counter(failed=1), [{"test": "mypy", "said": (done.stdout + done.stderr)[-2000:]}]
+    return Counter(passed=1), []
+
+
+def ask(command: list[str]) -> str:
+    """What a command that has to succeed prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def kept(path: Path | None, python: str, torch: str) -> dict[str, dict[str, Any]]:
+    """What the result file has of these versions: the files that were run."""
+    for entry in read_environments(path):
+        if (entry["python"], entry["torch"]) == (python, torch):
+            return dict(entry["files"])
+    return {}
 
 
 def keep(path: Path, outcome: Outcome) -> None:
     """Enter an outcome into the result file, in the place of an older one of the same versions."""
-    told = json.loads(path.read_text())["environments"] if path.exists() else []
     mine = outcome.to_dict()
     key = (mine["python"], mine["torch"])
-    others = [entry for entry in told if (entry["python"], entry["torch"]) != key]
+    others = [entry for entry in read_environments(path) if (entry["python"], entry["torch"]) != key]
     environments = sorted([*others, mine], key=lambda entry: (entry["torch"], entry["python"]))
     write_json(path, {"question": "the fast suite under other versions", "environments": environments})
+
+
+def read_environments(path: Path | None) -> list[dict[str, Any]]:
+    """The environments of a result file; none where there is no file."""
+    return list(json.loads(path.read_text())["environments"]) if path is not None and path.exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,13 +250,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         interpreter, _, torch = pair.rpartition("=")
         if not interpreter:
             parser.error(f"{pair!r} is not of the form python3.12=2.6.0")
-        outcome = run_pair(
-            os.path.expanduser(interpreter), torch, before=tuple(shlex.split(options.before)), only=options.only
-        )
-        print(f"  {dict(outcome.counts)} in {outcome.duration_s:.0f} s", flush=True)
-        ok &= outcome.ok
-        if options.out is not None:
-            keep(options.out, outcome)
+        before = tuple(shlex.split(options.before))
+        found = run_pair(
+            os.path.expanduser(interpreter), torch, before=before, only=options.only, out=options.out
+        ).to_dict()
+        print(f"  {found['counts']}", flush=True)
+        ok &= found["ok"]
     return 0 if ok else 1
 
 

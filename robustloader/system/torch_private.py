@@ -1,7 +1,8 @@
 """The one place that touches names torch keeps to itself. Works with torch 2.6 to 2.15.
 
 Everything here either subclasses or calls ``torch.utils.data.dataloader`` and its ``_utils``. Where a name is gone,
-importing this module says so, with the versions that are known to work.
+importing this module says so, with the versions that are known to work. A newer torch that has them all is driven like
+the newest known one.
 
 *Source*: ``torch/utils/data/dataloader.py``, ``_utils/worker.py``, ``_utils/pin_memory.py`` of torch 2.13.
 """
@@ -33,6 +34,13 @@ __all__ = [
     "worker_processes",
 ]
 
+_KNOWN = "torch 2.6 to 2.15"
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    raise ImportError(
+        f"robustloader needs {_KNOWN}; this is torch {torch.__version__}, which is too old: upgrade torch"
+    )
+
 try:
     from torch._C._autograd import _profiler_enabled
     from torch._utils import KeyErrorMessage
@@ -41,10 +49,41 @@ try:
     from torch.utils.data._utils import signal_handling as _torch_signals
     from torch.utils.data._utils import worker as _torch_worker
     from torch.utils.data.dataloader import _BaseDataLoaderIter, _DatasetKind
-except ImportError as error:  # pragma: no cover - needs a torch outside the supported range
+except ImportError as error:
     raise ImportError(
-        f"robustloader needs torch 2.6 to 2.15; torch {torch.__version__} has moved a name it builds on: {error}"
+        f"robustloader needs {_KNOWN}; torch {torch.__version__} has moved a name it builds on: {error}"
     ) from error
+
+# Class → what it must have: as an attribute, or set by its constructor.
+_BUILT_ON: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    DataLoader: (
+        ("__iter__", "_auto_collation", "_get_iterator", "_index_sampler", "check_worker_number_rationality"),
+        ("_dataset_kind", "_iterator"),
+    ),
+    _BaseDataLoaderIter: (
+        ("__next__", "_next_index", "_reset"),
+        (
+            *("_base_seed", "_collate_fn", "_dataset_kind", "_index_sampler", "_num_workers", "_num_yielded"),
+            *("_pin_memory", "_sampler_iter", "_timeout"),
+        ),
+    ),
+}
+
+
+def _missing() -> list[str]:
+    """What this module builds on that torch has no longer."""
+    lacking = []
+    for kind, (attributes, fields) in _BUILT_ON.items():
+        stored = kind.__init__.__code__.co_names  # type: ignore[misc]
+        lacking += [f"{kind.__name__}.{name}" for name in attributes if not hasattr(kind, name)]
+        lacking += [f"{kind.__name__}.{name}" for name in fields if name not in stored]
+    return lacking
+
+
+if _gone := _missing():
+    raise ImportError(
+        f"robustloader needs {_KNOWN}; torch {torch.__version__} has moved names it builds on: {', '.join(_gone)}"
+    )
 
 _ITERABLE = _DatasetKind.Iterable
 

@@ -69,8 +69,8 @@ class ChromeTraceSink(ConfiguredSink):
         max_bytes: int = 128 << 20,
     ) -> None:
         super().__init__(path=path, labels=labels, max_bytes=max_bytes)
-        self.labels = resolve_labels(labels)
-        self.path = os.path.abspath(fill_in("path", path, self.labels))
+        self.labels: dict[str, str] = resolve_labels(labels)
+        self.path: str = os.path.abspath(fill_in("path", path, self.labels))
         if not isinstance(max_bytes, int) or max_bytes < 16 * _RESERVE_BYTES:
             raise OptionError("max_bytes", max_bytes, f"a whole number of at least {16 * _RESERVE_BYTES}")
         if not os.path.isdir(os.path.dirname(self.path)):

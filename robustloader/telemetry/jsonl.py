@@ -71,8 +71,8 @@ class JsonlSink(ConfiguredSink):
         backups: int = 9,
     ) -> None:
         super().__init__(path=path, labels=labels, max_bytes=max_bytes, backups=backups)
-        self.labels = resolve_labels(labels)
-        self.path = os.path.abspath(fill_in("path", path, self.labels))
+        self.labels: dict[str, str] = resolve_labels(labels)
+        self.path: str = os.path.abspath(fill_in("path", path, self.labels))
         for name, value, low in (("max_bytes", max_bytes, 1), ("backups", backups, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise OptionError(name, value, f"a whole number of at least {low}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from robustloader.events import (
     EpochFinished,
@@ -73,12 +73,12 @@ class OpenTelemetrySink(ConfiguredSink):
         ImportError: opentelemetry-api is not installed (``robustloader[opentelemetry]``).
     """
 
-    LIVE = ("meter",)
+    LIVE: ClassVar[tuple[str, ...]] = ("meter",)
 
     def __init__(self, *, meter: Any = None, labels: Mapping[str, str] | None = None) -> None:
         super().__init__(meter=meter, labels=labels)
         require("opentelemetry", "OpenTelemetrySink", "opentelemetry")
-        self.labels = resolve_labels(labels)
+        self.labels: dict[str, str] = resolve_labels(labels)
         self._meter = meter
         self._growth = Growth()
         self._instruments: dict[str, Any] = {}

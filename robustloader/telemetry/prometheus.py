@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from robustloader.errors import OptionError
 from robustloader.events import (
@@ -98,7 +98,7 @@ class PrometheusSink(ConfiguredSink):
         OSError: from :meth:`start`, the port is taken. Without that call it is a warning, and the sink is dropped.
     """
 
-    LIVE = ("registry",)
+    LIVE: ClassVar[tuple[str, ...]] = ("registry",)
 
     def __init__(
         self,
@@ -113,8 +113,10 @@ class PrometheusSink(ConfiguredSink):
         require("prometheus_client", "PrometheusSink", "prometheus")
         if port is not None and (not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 1 << 16):
             raise OptionError("port", port, "a TCP port from 0 to 65535, or None")
-        self.labels = resolve_labels(labels)
-        self.textfile = None if textfile is None else os.path.abspath(fill_in("textfile", textfile, self.labels))
+        self.labels: dict[str, str] = resolve_labels(labels)
+        self.textfile: str | None = (
+            None if textfile is None else os.path.abspath(fill_in("textfile", textfile, self.labels))
+        )
         if self.textfile is not None and not os.path.isdir(os.path.dirname(self.textfile)):
             raise OptionError("textfile", self.textfile, "a file in a folder that exists; make the folder first")
         self._port = port

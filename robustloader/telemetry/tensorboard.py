@@ -73,8 +73,10 @@ class TensorBoardSink(ConfiguredSink):
             raise OptionError("log_dir", log_dir, "a folder, or else a writer")
         if writer is None:
             require("tensorboard", "TensorBoardSink", "tensorboard")
-        self.labels = resolve_labels(labels)
-        self.log_dir = None if log_dir is None else os.path.abspath(fill_in("log_dir", log_dir, self.labels))
+        self.labels: dict[str, str] = resolve_labels(labels)
+        self.log_dir: str | None = (
+            None if log_dir is None else os.path.abspath(fill_in("log_dir", log_dir, self.labels))
+        )
         self._prefix = prefix
         self._owned = writer is None
         self._writer = writer

@@ -181,10 +181,10 @@ class Injector:
         for index, misbehaviour in plan.items():
             if not isinstance(misbehaviour, Misbehaviour):
                 raise OptionError("plan", misbehaviour, f"a Misbehaviour such as Crash() for sample {index!r}")
-        self.plan = dict(plan)
-        self.trainer = os.getpid()
+        self.plan: dict[Any, Misbehaviour] = dict(plan)
+        self.trainer: int = os.getpid()
         self._files = {index: f"strikes-{number}" for number, index in enumerate(self.plan)}
-        self.folder = os.fspath(folder) if folder is not None else tempfile.mkdtemp(prefix="robustloader-testing-")
+        self.folder: str = os.fspath(folder) if folder is not None else tempfile.mkdtemp(prefix="robustloader-testing-")
         if folder is None:
             weakref.finalize(self, _remove, self.folder, self.trainer)
 

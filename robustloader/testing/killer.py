@@ -38,7 +38,7 @@ class WorkerKiller:
         self._signal = signal
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        self.kills = 0
+        self.kills: int = 0
 
     def strike(self) -> int | None:
         """Kill one of the workers there are now; returns its process id, or None where there is none."""

@@ -9,7 +9,6 @@ import sysconfig
 import venv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,20 +29,19 @@ class Installed:
         """Its interpreter."""
         return self.folder / "bin" / "python"
 
-    def run(self, *words: str | Path, cwd: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command of this environment, with nothing of the checkout in reach."""
         hidden = ("PYTHONPATH", "MYPYPATH", "VIRTUAL_ENV")
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
         return subprocess.run(
             [str(word) for word in words],
             cwd=cwd,
-            env=environment,
+            env=environment | variables,
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
             timeout=LIMIT_S,
             check=False,
-            **settings,
         )
 
 

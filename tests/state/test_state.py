@@ -74,10 +74,10 @@ def test_a_checkpoint_library_stores_it(tmp_path: Any) -> None:
     ours = loader()
     iterator = iter(ours)
     head = [next(iterator).tolist() for _ in range(3)]
-    dcp.save({"loader": ours}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"loader": ours}, checkpoint_id=tmp_path)
     rest = [batch.tolist() for batch in iterator]
     fresh = loader()
-    dcp.load({"loader": fresh}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load({"loader": fresh}, checkpoint_id=tmp_path)
     assert [batch.tolist() for batch in fresh] == rest
     assert sorted(itertools.chain.from_iterable(head + rest)) == list(range(20))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import pickle
@@ -170,7 +171,7 @@ class TestSummary:
     @pytest.mark.parametrize("kind", [EpochSummary, WorkerSummary, Statistics])
     def test_every_field_is_documented(self, kind: type) -> None:
         for field in fields(kind):
-            assert f"        {field.name}: " in (kind.__doc__ or "")
+            assert f"\n    {field.name}: " in inspect.cleandoc(kind.__doc__ or "")
 
     def test_summaries_are_frozen(self) -> None:
         summary = run_epoch(Recorder(TelemetryPolicy()))
