@@ -673,6 +673,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="kinds, with commas between: " + ", ".join(KINDS))
     parser.add_argument("--out", type=Path, default=Path("build/num_workers.json"))
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
+    parser.add_argument("--keep", action="store_true", help="kinds in the result that are not measured now stay there")
     options = parser.parse_args(argv)
     chosen = options.only.split(",") if options.only else list(KINDS)
     unknown = set(chosen) - set(KINDS)
@@ -689,11 +690,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "kinds": {},
         "verdicts": [],
     }
+    before = json.loads(options.out.read_text()) if options.keep and options.out.exists() else {"kinds": {}, "took_s": 0}
+    if before.get("form", result["form"]) != result["form"]:
+        parser.error(f"{options.out} is a result of the {before['form']} form: nothing of it can be kept")
+    kept = {kind: made for kind, made in before["kinds"].items() if kind not in chosen}
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         for kind in chosen:
-            result["kinds"][kind] = study(kind, Path(name), QUICK if options.quick else FULL)
-            result["took_s"] = round(time.monotonic() - begun, 1)
+            kept[kind] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+            kept[kind] |= study(kind, Path(name), QUICK if options.quick else FULL)
+            result["kinds"] = {kind: kept[kind] for kind in KINDS if kind in kept}
+            result["took_s"] = round(before["took_s"] + time.monotonic() - begun, 1)
             result["verdicts"] = [verdict.to_dict() for verdict in judge_study(result["kinds"])]
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
