@@ -690,7 +690,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "kinds": {},
         "verdicts": [],
     }
-    before = json.loads(options.out.read_text()) if options.keep and options.out.exists() else {"kinds": {}, "took_s": 0}
+    before = (
+        json.loads(options.out.read_text()) if options.keep and options.out.exists() else {"kinds": {}, "took_s": 0}
+    )
     if before.get("form", result["form"]) != result["form"]:
         parser.error(f"{options.out} is a result of the {before['form']} form: nothing of it can be kept")
     kept = {kind: made for kind, made in before["kinds"].items() if kind not in chosen}

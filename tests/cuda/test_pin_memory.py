@@ -22,6 +22,8 @@ from tests.support.devices import (
     told,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")  # samples fail on purpose
+
 STRICT: dict[str, Any] = {"faults": "raise", "recovery": None, "memory": None, "telemetry": None}
 MODES: dict[str, dict[str, Any]] = {"strict": STRICT, "defaults": {}}
 METHODS = ("fork", "spawn", "forkserver")
