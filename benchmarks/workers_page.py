@@ -193,7 +193,7 @@ def _crossing(kinds: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Receiving a batch takes {_cite(f'{min(received):.2g} to {max(received):.2g} ms')} of the training process, "
-        "whatever its size: large tensors stay where the worker wrote them."
+        "and that does not grow with its size: large tensors stay where the worker wrote them."
     )
 
 
@@ -363,6 +363,10 @@ def _choices(result: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     total = sum(verdict["against"] != "simulator" for verdict in result["verdicts"])
     yield f"Of these {total} lines {_cite(str(len(short)))} fall short."
+    more = [kind for kind, made in result["kinds"].items() if made["auto"]["most_workers"] > made["auto"]["ceiling"]]
+    if more:
+        yield ""
+        yield f'`"auto"` tried more workers than `tune()` would for {_cite(", ".join(more))}.'
 
 
 def _simulator(kinds: Mapping[str, Any]) -> Iterator[str]:
