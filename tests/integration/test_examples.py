@@ -24,7 +24,7 @@ def limited(path: Path) -> Any:
     return pytest.param(path, id=path.name, marks=marks)
 
 
-@pytest.mark.parametrize("example", map(limited, EXAMPLES))
+@pytest.mark.parametrize("example", [limited(example) for example in EXAMPLES])
 def test_examples_run(example: Path) -> None:
     """Exit status 0 without arguments, and without a network: what would reach for one is sent nowhere."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
