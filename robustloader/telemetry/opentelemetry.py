@@ -5,24 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from robustloader.events import (
-    EpochFinished,
-    EpochProgressed,
-    Event,
-    MemoryLow,
-    PoolHealed,
-    PoolResized,
-    PoolShrunk,
-    SampleFaulted,
-    ShardEnded,
-    TaskReplayed,
-    TransportDegraded,
-    WorkerCrashed,
-    WorkerHung,
-    WorkerRecycled,
-    WorkerRestarted,
-)
-from robustloader.telemetry.growth import Growth, worker_name
+from robustloader.events import EpochFinished, Event
+from robustloader.telemetry.changes import changes
+from robustloader.telemetry.growth import Growth
 from robustloader.telemetry.labels import ConfiguredSink, require, resolve_labels
 
 __all__ = ["OpenTelemetrySink"]
@@ -88,42 +73,12 @@ class OpenTelemetrySink(ConfiguredSink):
         """Record one event."""
         if not self._instruments:
             self._make_instruments()
-        match event:
-            case EpochProgressed():
-                self._grow(event)
-                self._set("workers", event.statistics["active_workers"])
-                self._set("ready", event.ready)
-                for worker in event.workers:
-                    self._set("memory", worker["peak_rss_bytes"], worker=worker_name(worker["worker_id"]))
-            case EpochFinished(summary=summary):
-                self._grow(event)
-                self._add("epochs", 1, complete=summary.complete)
-                self._set("workers", summary.workers_at_end)
-                self._duration.record(summary.duration_s, {**self.labels, "verdict": summary.verdict})
-                for loader in summary.workers:
-                    self._set("memory", loader.peak_rss_bytes, worker=worker_name(loader.worker_id))
-            case SampleFaulted(fault=fault):
-                self._add("faults", 1, kind=fault.kind, action=fault.action)
-            case WorkerCrashed(cause=cause):
-                self._add("crashes", 1, cause=cause)
-            case WorkerHung():
-                self._add("hangs", 1)
-            case WorkerRestarted():
-                self._add("restarts", 1)
-            case WorkerRecycled():
-                self._add("recycled", 1)
-            case TaskReplayed():
-                self._add("replayed", 1)
-            case MemoryLow():
-                self._add("memory_low", 1)
-            case ShardEnded():
-                self._add("shards", 1)
-            case TransportDegraded():
-                self._add("degraded", 1)
-            case PoolShrunk(workers=workers) | PoolHealed(workers=workers) | PoolResized(workers=workers):
-                self._set("workers", workers)
-            case _:
-                pass
+        for name, value, adds, attributes in changes(event, self._growth):
+            instrument = self._instruments[name]
+            (instrument.add if adds else instrument.set)(value, {**self.labels, **attributes})
+        if isinstance(event, EpochFinished):
+            verdict = {**self.labels, "verdict": event.summary.verdict}
+            self._duration.record(event.summary.duration_s, verdict)
 
     def _make_instruments(self) -> None:
         from opentelemetry import metrics
@@ -133,14 +88,3 @@ class OpenTelemetrySink(ConfiguredSink):
         made |= {key: meter.create_gauge(name, unit, text) for key, (name, unit, text) in _GAUGES.items()}
         self._duration = meter.create_histogram("robustloader.epoch.duration", "s", "How long epochs took, by verdict.")
         self._instruments = made
-
-    def _grow(self, event: EpochProgressed | EpochFinished) -> None:
-        self._set("epoch", event.epoch)
-        for (name, worker), growth in self._growth.take(event).items():
-            self._add(name, growth, **({} if worker is None else {"worker": worker}))
-
-    def _add(self, name: str, amount: float, **attributes: Any) -> None:
-        self._instruments[name].add(amount, {**self.labels, **attributes})
-
-    def _set(self, name: str, value: float, **attributes: Any) -> None:
-        self._instruments[name].set(value, {**self.labels, **attributes})

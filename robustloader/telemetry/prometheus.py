@@ -9,24 +9,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from robustloader.errors import OptionError
-from robustloader.events import (
-    EpochFinished,
-    EpochProgressed,
-    Event,
-    MemoryLow,
-    PoolHealed,
-    PoolResized,
-    PoolShrunk,
-    SampleFaulted,
-    ShardEnded,
-    TaskReplayed,
-    TransportDegraded,
-    WorkerCrashed,
-    WorkerHung,
-    WorkerRecycled,
-    WorkerRestarted,
-)
-from robustloader.telemetry.growth import Growth, worker_name
+from robustloader.events import EpochFinished, EpochProgressed, Event
+from robustloader.telemetry.changes import changes
+from robustloader.telemetry.growth import Growth
 from robustloader.telemetry.labels import ConfiguredSink, fill_in, require, resolve_labels
 
 __all__ = ["PrometheusSink"]
@@ -161,56 +146,20 @@ class PrometheusSink(ConfiguredSink):
             prometheus_client.write_to_textfile(self.textfile, self._registry)
 
     def _count(self, event: Event) -> None:
-        match event:
-            case EpochProgressed():
-                self._grow(event)
-                self._set("workers", event.statistics["active_workers"])
-                self._set("ready", event.ready)
-                for worker in event.workers:
-                    self._set("memory", worker["peak_rss_bytes"], worker_name(worker["worker_id"]))
-            case EpochFinished():
-                self._grow(event)
-                self._add("epochs", 1, "true" if event.summary.complete else "false")
-                self._set("workers", event.summary.workers_at_end)
-                self._set("duration", event.summary.duration_s)
-                for loader in event.summary.workers:
-                    self._set("memory", loader.peak_rss_bytes, worker_name(loader.worker_id))
-                for quantile, field in _QUANTILES:
-                    self._set("waits", getattr(event.summary, f"wait_{field}_s"), quantile)
-                    self._set("loads", getattr(event.summary, f"load_{field}_s"), quantile)
-            case SampleFaulted(fault=fault):
-                self._add("faults", 1, fault.kind, fault.action)
-            case WorkerCrashed(cause=cause):
-                self._add("crashes", 1, cause)
-            case WorkerHung():
-                self._add("hangs", 1)
-            case WorkerRestarted():
-                self._add("restarts", 1)
-            case WorkerRecycled():
-                self._add("recycled", 1)
-            case TaskReplayed():
-                self._add("replayed", 1)
-            case MemoryLow():
-                self._add("memory_low", 1)
-            case ShardEnded():
-                self._add("shards", 1)
-            case TransportDegraded():
-                self._add("degraded", 1)
-            case PoolShrunk(workers=workers) | PoolHealed(workers=workers) | PoolResized(workers=workers):
-                self._set("workers", workers)
-            case _:
-                pass
+        for name, value, adds, attributes in changes(event, self._growth):
+            child = self._child(name, *map(_as_label, attributes.values()))
+            if adds:
+                child.inc(value)
+            else:
+                child.set(value)
+        if isinstance(event, EpochFinished):
+            self._child("duration").set(event.summary.duration_s)
+            for quantile, field in _QUANTILES:
+                self._child("waits", quantile).set(getattr(event.summary, f"wait_{field}_s"))
+                self._child("loads", quantile).set(getattr(event.summary, f"load_{field}_s"))
 
-    def _grow(self, event: EpochProgressed | EpochFinished) -> None:
-        self._set("epoch", event.epoch)
-        for (name, worker), growth in self._growth.take(event).items():
-            self._add(name, growth, *(() if worker is None else (worker,)))
-
-    def _add(self, name: str, amount: float, *values: str) -> None:
-        self._metrics.child(name, (*self._values, *values)).inc(amount)
-
-    def _set(self, name: str, value: float, *values: str) -> None:
-        self._metrics.child(name, (*self._values, *values)).set(value)
+    def _child(self, name: str, *values: str) -> Any:
+        return self._metrics.child(name, (*self._values, *values))
 
 
 class _Metrics:
@@ -249,6 +198,10 @@ class _Server:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _as_label(value: str | bool) -> str:
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def _shared_registry() -> Any:
