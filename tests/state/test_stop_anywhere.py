@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler, get_worker_info
 
@@ -124,7 +124,9 @@ class Case:
     def loader(self, workers: int) -> RobustDataLoader[Any]:
         generator = torch.Generator().manual_seed(11) if self.generator else None
         options: dict[str, Any] = {"drop_last": self.drop_last} if self.batch_size is not None else {}
-        dataset: Any = Noisy(self.size, self.bad)
+        # An epoch must have good samples enough to stand in for a whole batch: a rank of three reads a third of them.
+        share = self.size // 3 if self.sampler == "elastic" else self.size
+        dataset: Any = Noisy(self.size, self.bad if share >= 3 * (self.batch_size or 1) else 0)
         if self.style != "map":
             dataset = {"stream": Stream, "stateful": StatefulStream}[self.style](self.size)
         elif self.sampler == "replacement":
@@ -177,7 +179,14 @@ def read(batches: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("part", range(-(-CASES // PART)))
-@settings(max_examples=PART, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+# Not shrunk: the loaders of thousands of failing attempts, kept by their tracebacks, would take all memory.
+@settings(
+    max_examples=PART,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
 @given(case=cases)
 @example(case=Case("map", 20, 3, False, "random", False, 3, 0, 2, False, 0, 0))
 @example(case=Case("map", 20, 3, False, "random", False, 0, 2, 0, True, 7, 1, past=True))
