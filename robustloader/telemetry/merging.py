@@ -16,12 +16,11 @@ from typing import Any
 from robustloader.decisions.advice import Verdict
 from robustloader.errors import OptionError
 from robustloader.telemetry.summary import EpochSummary, WorkerSummary
+from robustloader.telemetry.table import LABEL, WIDTH, labelled
 from robustloader.telemetry.units import as_bytes, as_count, as_percent, as_seconds
 
 __all__ = ["MergedSummary", "Spread", "merge_summaries"]
 
-_WIDTH = 100
-_LABEL = 11
 
 _SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "batches": ("batches", as_count),
@@ -163,23 +162,23 @@ class MergedSummary:
         lines = [
             f"epoch {self.epoch} of {self.ranks} ranks: {step}, in {as_seconds(self.duration_s)}"
             + ("" if self.complete else ", not complete"),
-            _line("speed", f"{as_count(self.samples_per_s)} samples/s", f"{as_bytes(self.bytes_per_s)}/s"),
-            _line("delivered", f"{as_count(self.samples)} samples", as_bytes(self.bytes)),
-            _line(
+            labelled("speed", f"{as_count(self.samples_per_s)} samples/s", f"{as_bytes(self.bytes_per_s)}/s"),
+            labelled("delivered", f"{as_count(self.samples)} samples", as_bytes(self.bytes)),
+            labelled(
                 "waiting",
                 f"{as_percent(self.wait_fraction)} of all loops",
                 f"most on rank {self.worst_rank}: {as_seconds(self.spreads['wait_s'].highest)}",
             ),
             *self._failures(),
-            _line("workers", f"{self.workers_requested} at the start, {self.workers_at_end} at the end"),
-            f"{'per rank':<{_LABEL}}{'lowest':>12} {'rank':>6}{'median':>13}{'highest':>13} {'rank':>6}",
+            labelled("workers", f"{self.workers_requested} at the start, {self.workers_at_end} at the end"),
+            f"{'per rank':<{LABEL}}{'lowest':>12} {'rank':>6}{'median':>13}{'highest':>13} {'rank':>6}",
             *self._rows(),
-            _line("verdict", f"{self.verdict} (rank {self.worst_rank})"),
+            labelled("verdict", f"{self.verdict} (rank {self.worst_rank})"),
             *textwrap.wrap(
                 self.advice,
-                _WIDTH,
-                initial_indent=f"{'advice':<{_LABEL}}",
-                subsequent_indent=" " * _LABEL,
+                WIDTH,
+                initial_indent=f"{'advice':<{LABEL}}",
+                subsequent_indent=" " * LABEL,
                 max_lines=4,
                 break_on_hyphens=False,
             ),
@@ -195,7 +194,7 @@ class MergedSummary:
         for name, others in rows:
             parts = [f"{as_count(getattr(self, other))} {other.replace('_', ' ')}" for other in others]
             told = [part for part, other in zip(parts, others, strict=True) if getattr(self, other)]
-            lines.append(_line(name, as_count(getattr(self, name)) if getattr(self, name) else "none", *told))
+            lines.append(labelled(name, as_count(getattr(self, name)) if getattr(self, name) else "none", *told))
         return lines
 
     def _rows(self) -> list[str]:
@@ -204,7 +203,7 @@ class MergedSummary:
             spread = self.spreads[name]
             if spread.highest:
                 lines.append(
-                    f"{'  ' + label:<{_LABEL}}{say(spread.lowest):>12} {spread.lowest_rank:>6}{say(spread.median):>13}"
+                    f"{'  ' + label:<{LABEL}}{say(spread.lowest):>12} {spread.lowest_rank:>6}{say(spread.median):>13}"
                     f"{say(spread.highest):>13} {spread.highest_rank:>6}"
                 )
         return lines
@@ -285,7 +284,3 @@ def _read(rank: int, summary: object) -> EpochSummary:
     )
     values = {each.name: summary[each.name] for each in fields(EpochSummary) if each.name in summary}
     return EpochSummary(**{**values, "workers": workers})
-
-
-def _line(label: str, *parts: str) -> str:
-    return f"{label:<{_LABEL}}" + "   ".join(parts)

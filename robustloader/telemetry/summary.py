@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from robustloader.decisions.advice import Verdict
+from robustloader.telemetry.table import LABEL, WIDTH, labelled
 from robustloader.telemetry.units import as_bytes, as_count, as_percent, as_seconds
 
 __all__ = ["EpochSummary", "Statistics", "WorkerSummary"]
 
-_WIDTH = 100
-_LABEL = 11
 _WORKER_ROWS = 8
 _ADVICE_LINES = 4
 _SHOWN_RESIZES = 3
@@ -207,22 +206,22 @@ class EpochSummary:
         lines = [
             f"epoch {self.epoch}: {as_count(self.batches)} batches in {as_seconds(self.duration_s)}"
             + ("" if self.complete else ", not complete"),
-            _line("speed", f"{as_count(self.samples_per_s)} samples/s", f"{as_count(self.batches_per_s)} batches/s",
+            labelled("speed", f"{as_count(self.samples_per_s)} samples/s", f"{as_count(self.batches_per_s)} batches/s",
                   f"{as_bytes(self.bytes_per_s)}/s"),
-            _line("delivered", f"{as_count(self.samples)} samples", as_bytes(self.bytes)),
-            _line("waiting", f"{as_seconds(self.wait_s)} ({as_percent(self.wait_fraction)} of the loop)",
+            labelled("delivered", f"{as_count(self.samples)} samples", as_bytes(self.bytes)),
+            labelled("waiting", f"{as_seconds(self.wait_s)} ({as_percent(self.wait_fraction)} of the loop)",
                   f"first batch {as_seconds(self.first_wait_s)}", f"{as_count(self.ready_depth_mean)} batches ready"),
-            _line("computing", f"{as_seconds(self.step_s)}"),
+            labelled("computing", f"{as_seconds(self.step_s)}"),
             _columns("per batch", ("p50", "p95", "p99")),
             _columns("  wait", map(as_seconds, (self.wait_p50_s, self.wait_p95_s, self.wait_p99_s))),
             _columns("  load", map(as_seconds, (self.load_p50_s, self.load_p95_s, self.load_p99_s))),
             *_failures(self),
             *_workers(self),
             *_resizes(self),
-            _line("verdict", self.verdict),
+            labelled("verdict", self.verdict),
             *_paragraph("advice", self.advice),
         ]  # fmt: skip
-        return "\n".join(_cut(line.rstrip(), _WIDTH) for line in lines)
+        return "\n".join(_cut(line.rstrip(), WIDTH) for line in lines)
 
     def headline(self) -> str:
         """The epoch in one line, for logs."""
@@ -262,21 +261,21 @@ def _failures(summary: EpochSummary) -> list[str]:
     faults = as_count(summary.faults) if summary.faults else "none"
     crashes = as_count(summary.crashes) if summary.crashes else "none"
     if not (summary.faults or summary.crashes or sample_parts or worker_parts):
-        return [_line("failures", "faults none, crashes none")]
-    return [_line("faults", faults, *sample_parts), _line("crashes", crashes, *worker_parts)]
+        return [labelled("failures", "faults none, crashes none")]
+    return [labelled("faults", faults, *sample_parts), labelled("crashes", crashes, *worker_parts)]
 
 
 def _workers(summary: EpochSummary) -> list[str]:
     """The workers as a table; of more than eight, the slowest, and one line for the others."""
     requested, left = summary.workers_requested, summary.workers_at_end
     lines = [
-        _line("workers", str(requested) if requested else "none, loaded in the training process")
+        labelled("workers", str(requested) if requested else "none, loaded in the training process")
         if requested == left
-        else _line("workers", f"{requested} at the start, {left} at the end")
+        else labelled("workers", f"{requested} at the start, {left} at the end")
     ]
     if summary.peak_worker_bytes or summary.peak_trainer_bytes:
         lines.append(
-            _line(
+            labelled(
                 "memory",
                 *([f"{as_bytes(summary.peak_worker_bytes)} the largest worker"] if summary.peak_worker_bytes else []),
                 *(
@@ -322,25 +321,21 @@ def _workers(summary: EpochSummary) -> list[str]:
 def _resizes(summary: EpochSummary) -> list[str]:
     """What became of ``num_workers="auto"``: the last steps, each on a line."""
     shown = summary.resizes[-_SHOWN_RESIZES:]
-    return [_line("auto" if number == 0 else "", step) for number, step in enumerate(shown)]
+    return [labelled("auto" if number == 0 else "", step) for number, step in enumerate(shown)]
 
 
 def _nonzero(*parts: tuple[int, str]) -> list[str]:
     return [f"{as_count(number)} {name}" for number, name in parts if number]
 
 
-def _line(label: str, *parts: str) -> str:
-    return f"{label:<{_LABEL}}" + "   ".join(parts)
-
-
 def _columns(label: str, cells: Any) -> str:
-    return f"{label:<{_LABEL}}" + " ".join(f"{cell:>12}" for cell in cells)
+    return f"{label:<{LABEL}}" + " ".join(f"{cell:>12}" for cell in cells)
 
 
 def _paragraph(label: str, text: str) -> list[str]:
-    wrapper = textwrap.TextWrapper(_WIDTH - _LABEL, max_lines=_ADVICE_LINES, placeholder=" …", break_on_hyphens=False)
+    wrapper = textwrap.TextWrapper(WIDTH - LABEL, max_lines=_ADVICE_LINES, placeholder=" …", break_on_hyphens=False)
     lines = wrapper.wrap(text) or [""]
-    return [_line(label if number == 0 else "", line) for number, line in enumerate(lines)]
+    return [labelled(label if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 def _cut(line: str, width: int) -> str:
