@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -39,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import machine
 from benchmarks.harness import close, note, turn_order, wait_until_quiet
 from benchmarks.stats import paired_ratio, spread
-from benchmarks.tables import insert
+from benchmarks.tables import publish
 from benchmarks.workloads import WORKLOADS, Workload
 from robustloader import RobustDataLoader
 
@@ -386,12 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     result = run(Device(options.device), form)
     result["took_s"] = round(time.monotonic() - begun, 1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    text = render(result)
-    if options.page:
-        options.page.write_text(insert(options.page.read_text(), text, BEGIN, END))
-    print(f"{text}\n{options.out}, {result['took_s']:.0f} s")
+    publish(result, render, options.out, options.page, BEGIN, END)
     return 0
 
 

@@ -46,7 +46,7 @@ from benchmarks import machine, thresholds
 from benchmarks.contenders import OURS, WORKERS, peers, release, silence_peers
 from benchmarks.harness import close, describe_error, note, turn_order, wait_until_quiet
 from benchmarks.stats import paired_ratio
-from benchmarks.tables import insert
+from benchmarks.tables import publish
 from benchmarks.thresholds import Verdict
 from robustloader import FaultPolicy, RobustDataLoader, RobustLoaderWarning
 from robustloader.testing import WorkerKiller
@@ -505,12 +505,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = run(short=options.short)
     result["took_s"] = round(time.monotonic() - begun, 1)
     result["verdicts"] = [verdict.to_dict() for verdict in judge(result)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    text = render(result)
-    if options.page:
-        options.page.write_text(insert(options.page.read_text(), text, BEGIN, END))
-    print(f"{text}\n{options.out}, {result['took_s']:.0f} s")
+    publish(result, render, options.out, options.page, BEGIN, END)
     return 1 if options.strict and not all(verdict.passed for verdict in judge(result)) else 0
 
 

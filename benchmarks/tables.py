@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BEGIN", "END", "insert", "render"]
+__all__ = ["BEGIN", "END", "insert", "publish", "render"]
 
 BEGIN = "<!-- measured: begin -->"
 END = "<!-- measured: end -->"
@@ -39,6 +39,23 @@ def insert(page: str, text: str, opening: str = BEGIN, closing: str = END) -> st
     if not begin or not end or opening in after or closing in after:
         raise ValueError(f"the page needs {opening} and {closing}, once each")
     return f"{before}{opening}\n\n{text}\n{closing}{after}"
+
+
+def publish(
+    result: Mapping[str, Any],
+    render: Callable[[Mapping[str, Any]], str],
+    out: Path,
+    page: Path | None,
+    opening: str,
+    closing: str,
+) -> None:
+    """Write a result, put its tables between the markers of ``page``, if one is given, and print them."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    text = render(result)
+    if page:
+        page.write_text(insert(page.read_text(), text, opening, closing))
+    print(f"{text}\n{out}, {result['took_s']:.0f} s")
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[str]:
