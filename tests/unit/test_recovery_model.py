@@ -47,7 +47,6 @@ class Histories(RuleBasedStateMachine):
         self.patches = [
             mock.patch.object(engine, "Pool", SimPool),
             mock.patch.object(host, "memory_kills", self.memory_kills),
-            # Looked at all the time: how fast a history runs must not change what happens in it.
         ]
         for patch in self.patches:
             patch.start()
