@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -34,7 +35,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -48,6 +49,7 @@ from benchmarks.thresholds import judge_study
 from benchmarks.workloads import WORKLOADS, Workload
 from robustloader import MemoryPolicy, RobustDataLoader, TelemetryPolicy, tune
 from robustloader.decisions.simulator import LoadTime, Setup, simulate
+from robustloader.decisions.tuning import OVERSUBSCRIPTION
 from robustloader.events import Event, TaskLoaded
 from robustloader.system.limits import usable_cpus
 
@@ -74,7 +76,7 @@ KEPT_TIMES = 500
 TUNE_SHARE = 0.85
 """``tune()`` is told so much of the time it may have: its last turn and the ends of its workers come on top."""
 
-LOOK_EVERY_S = 0.25
+LOOK_EVERY_S = 0.1
 """How often the workers of ``"auto"`` are counted."""
 
 
@@ -428,6 +430,36 @@ def simulated(
 # --- the choices ------------------------------------------------------------------------------------------------------
 
 
+class Look(NamedTuple):
+    """What a look at an epoch of ``"auto"`` shows: how many workers there are, the share of memory that is free, and
+    of the machine's processors the seconds so far, and those spent working."""
+
+    at_s: float
+    workers: int
+    free: float
+    processors_s: float
+    busy_s: float
+
+    @classmethod
+    def now(cls, at_s: float) -> Look:
+        """As it is ``at_s`` seconds after the first batch."""
+        ticks = Ticks.read()
+        return cls(at_s, len(children()), free_share(), ticks.elapsed, ticks.busy)
+
+
+def least_idle(looks: Sequence[Look], cores: int) -> float | None:
+    """The smallest share of the processors that was idle while there were so many workers, before there were more: of
+    those times that there was a worker for each of ``cores`` already; None where there never came more."""
+    shares, since = [], looks[0]
+    for before, look in itertools.pairwise(looks):
+        if look.workers == before.workers:
+            continue
+        if look.workers > before.workers >= cores and before.processors_s > since.processors_s:
+            shares.append(1 - (before.busy_s - since.busy_s) / (before.processors_s - since.processors_s))
+        since = look
+    return min(shares, default=None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Epoch:
     """An epoch of ``num_workers="auto"``.
@@ -436,6 +468,7 @@ class Epoch:
         batches_per_s: in its last third.
         whole_batches_per_s: from the first batch on.
         first_workers, last_workers, most_workers: processes at its first batch, at its end, and at most.
+        least_idle: see :func:`least_idle`.
         least_free: smallest share of memory that was free.
     """
 
@@ -444,6 +477,7 @@ class Epoch:
     first_workers: int
     last_workers: int
     most_workers: int
+    least_idle: float | None
     least_free: float
 
 
@@ -454,7 +488,7 @@ def auto_epoch(workload: Workload, folder: Path, seconds: float) -> Epoch:
     try:
         next(batches)
         begun = time.perf_counter()
-        seen = [(0.0, len(children()), free_share())]
+        looks = [Look.now(0.0)]
         count = late = 0
         late_s = seconds  # when the last third began
         while True:
@@ -463,18 +497,19 @@ def auto_epoch(workload: Workload, folder: Path, seconds: float) -> Epoch:
             elapsed = time.perf_counter() - begun
             if not late and elapsed >= seconds * 2 / 3:
                 late, late_s = count, elapsed
-            if elapsed >= seen[-1][0] + LOOK_EVERY_S:
-                seen.append((elapsed, len(children()), free_share()))
+            if elapsed >= looks[-1].at_s + LOOK_EVERY_S:
+                looks.append(Look.now(elapsed))
             if elapsed >= seconds and late and count > late:
                 break
-        workers = [number for _, number, _ in seen]
+        workers = [look.workers for look in looks]
         return Epoch(
             batches_per_s=(count - late) / (elapsed - late_s),
             whole_batches_per_s=count / elapsed,
             first_workers=workers[0],
             last_workers=workers[-1],
             most_workers=max(workers),
-            least_free=min(share for *_, share in seen),
+            least_idle=least_idle(looks, usable_cpus()),
+            least_free=min(look.free for look in looks),
         )
     finally:
         close(batches)
@@ -511,6 +546,8 @@ def choices(
             "epoch_s": form.auto_s,
             "most_workers": max(one.most_workers for one in epochs),
             "ceiling": ceiling,
+            "allowed": OVERSUBSCRIPTION * usable_cpus(),
+            "least_idle": min((one.least_idle for one in epochs if one.least_idle is not None), default=None),
             "least_free": min(one.least_free for one in epochs),
             "headroom": MemoryPolicy().headroom_fraction,
             "epochs": [dataclasses.asdict(one) for one in epochs],

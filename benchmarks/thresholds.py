@@ -150,12 +150,14 @@ class _Study:
         tuned: share of the best fixed setting's throughput that the choice of ``tune()`` reaches.
         tune_time: share of the exhaustive sweep's time that ``tune()`` may take.
         auto: share of the best fixed setting's throughput that ``num_workers="auto"`` reaches within one epoch.
+        idle: share of the processors that nobody used before ``"auto"`` had more workers than processors.
         simulator: how far, at most, the simulator's throughput is from the measured one.
     """
 
     tuned: float = 0.95
     tune_time: float = 0.20
     auto: float = 0.90
+    idle: float = 0.10
     simulator: float = 0.15
 
 
@@ -178,10 +180,14 @@ def judge_study(kinds: Mapping[str, Any]) -> Iterator[Verdict]:
         shown = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
         wanted = f"at least {STUDY.auto:g} of the best in an epoch"
         yield Verdict(kind, "auto", wanted, shown, ratio["median"] >= STUDY.auto)
-        within = auto["most_workers"] <= auto["ceiling"] and auto["least_free"] >= auto["headroom"]
-        shown = f"{auto['most_workers']} of {auto['ceiling']} workers, {auto['least_free']:.0%} of memory free"
-        wanted = f"never above {auto['ceiling']} workers, {auto['headroom']:.0%} free"
+        within = auto["most_workers"] <= auto["allowed"] and auto["least_free"] >= auto["headroom"]
+        shown = f"{auto['most_workers']} of {auto['allowed']} workers, {auto['least_free']:.0%} of memory free"
+        wanted = f"never above {auto['allowed']} workers, {auto['headroom']:.0%} free"
         yield Verdict(kind, "auto limits", wanted, shown, within)
+        idle = auto["least_idle"]
+        shown = "no more were added" if idle is None else f"{idle:.0%} idle before {auto['most_workers']} workers"
+        wanted = f"{STUDY.idle:.0%} of the processors idle before there are more workers than processors"
+        yield Verdict(kind, "auto and processors", wanted, shown, idle is None or idle >= STUDY.idle)
         errors = sorted(made["simulator_error"].values())
         shown = f"{errors[-1]:.1%} at most, {errors[len(errors) // 2]:.1%} in the middle"
         wanted = f"within {STUDY.simulator:.0%} everywhere"

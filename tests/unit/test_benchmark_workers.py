@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.num_workers import FULL, QUICK, Calibration, Turn, batch_sizes, simulated, to_device
+from benchmarks.num_workers import FULL, QUICK, Calibration, Look, Turn, batch_sizes, least_idle, simulated, to_device
 from benchmarks.thresholds import judge_study
 from benchmarks.workers_page import RESULT, fill, markers, render
 from benchmarks.workloads import WORKLOADS
@@ -30,6 +30,8 @@ def made(**more: Any) -> dict[str, Any]:
             "of_the_best": {"median": 0.9, "low": 0.8, "high": 1.0},
             "most_workers": 2,
             "ceiling": 2,
+            "allowed": 8,
+            "least_idle": None,
             "least_free": 0.5,
             "headroom": 0.1,
         },
@@ -49,7 +51,7 @@ def made(**more: Any) -> dict[str, Any]:
 
 def test_what_shows_everything_passes_every_line() -> None:
     verdicts = list(judge_study({"skewed": made()}))
-    assert [(verdict.measurement, verdict.passed) for verdict in verdicts] == [("skewed", True)] * 5
+    assert [(verdict.measurement, verdict.passed) for verdict in verdicts] == [("skewed", True)] * 6
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,8 @@ def test_what_shows_everything_passes_every_line() -> None:
         ({"tuned__of_the_best": {"median": 0.949, "low": 0.9, "high": 1.0}}, "tune()"),
         ({"tuned__took_s": 2.01}, "tune() time"),
         ({"auto__of_the_best": {"median": 0.899, "low": 0.8, "high": 1.0}}, "auto"),
-        ({"auto__most_workers": 3}, "auto limits"),
+        ({"auto__most_workers": 9}, "auto limits"),
+        ({"auto__least_idle": 0.09}, "auto and processors"),
         ({"auto__least_free": 0.09}, "auto limits"),
         ({"simulator_error": {"0": 0.0, "1": 0.0, "2": 0.151}}, "simulator"),
     ],
@@ -66,6 +69,25 @@ def test_what_shows_everything_passes_every_line() -> None:
 def test_each_line_can_fall_short(facts: dict[str, Any], line: str) -> None:
     verdicts = judge_study({"skewed": made(**facts)})
     assert [verdict.against for verdict in verdicts if not verdict.passed] == [line]
+
+
+# --- what "auto" did
+
+
+@pytest.mark.parametrize(
+    ("workers", "busy", "wanted"),
+    [
+        ([2, 2, 2], [0.0, 2.0, 4.0], None),  # never more than there are processors
+        ([1, 1, 2, 2], [0.0, 2.0, 4.0, 6.0], None),
+        ([2, 2, 2, 3, 3], [0.0, 1.0, 2.0, 4.0, 6.0], 0.5),
+        ([2, 2, 3, 3, 4], [0.0, 0.5, 2.0, 3.8, 6.0], 0.1),  # of both times the one with less
+        ([2, 2, 3, 3, 2, 2, 3], [0.0, 1.0, 2.0, 4.0, 6.0, 7.0, 8.0], 0.5),  # back, and tried again
+    ],
+)
+def test_processors_idle_before_more_workers(workers: list[int], busy: list[float], wanted: float | None) -> None:
+    """Two processors, a look each second."""
+    looks = [Look(at, number, 0.5, 2.0 * at, busy[at]) for at, number in enumerate(workers)]
+    assert least_idle(looks, 2) == pytest.approx(wanted)
 
 
 # --- what the simulator is told
