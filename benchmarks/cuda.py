@@ -89,25 +89,22 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """ResNet-18 (table 1 of the paper), for so many classes: [N, 3, H, W] to [N, classes]."""
+    """ResNet-18 (table 1 of the paper), for so many classes: [N, 3, H, W] to [N, classes]; ``width`` is 64 there."""
 
-    def __init__(self, classes: int = 10) -> None:
-        stages = [
-            Block(before, after, stride)
-            for before, after, stride in (
-                *((64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)),
-                *((128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)),
-            )
-        ]
+    def __init__(self, classes: int = 10, width: int = 64) -> None:
+        widths = [width, *(width << stage for stage in range(4))]
+        blocks = []
+        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+            blocks += [Block(before, after, 2 if stage else 1), Block(after, after, 1)]
         super().__init__(
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(3, width, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, 1),
-            *stages,
+            *blocks,
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(512, classes),
+            nn.Linear(widths[-1], classes),
         )
 
 
@@ -271,13 +268,13 @@ def measure_training(device: Device, form: Form, folder: Path) -> dict[str, Any]
     workload = WORKLOADS["jpeg"]
     dataset = workload.dataset(ENDLESS, folder)
     torch.manual_seed(0)
-    model = ResNet().to(device.device, memory_format=torch.channels_last)
+    model = ResNet(width=64 if device.real else 4).to(device.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loss_of = nn.CrossEntropyLoss()
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.device.type, dtype=torch.bfloat16, enabled=device.real):
             loss = loss_of(model(images.contiguous(memory_format=torch.channels_last)), labels)
         loss.backward()
         optimizer.step()
@@ -370,20 +367,23 @@ def render(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the result and the page, print the tables; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--short", action="store_true", help="few rounds of short blocks, to see that it works")
+    parser.add_argument("--short", action="store_true", help="one round of short blocks, to see that it works")
+    parser.add_argument("--only", default=",".join(NAMES), help="workloads to copy, with commas (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="the device (default: cuda); cpu measures nothing")
     parser.add_argument("--workers", type=int, help="worker processes (default: one per usable processor, at most 16)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cuda.json"), help="the result file")
     parser.add_argument("--page", type=Path, help="a page to put the tables into, between its markers")
     options = parser.parse_args(arguments)
+    if unknown := set(options.only.split(",")) - set(NAMES):
+        parser.error(f"argument --only: there is no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if options.device != "cpu" and not torch.cuda.is_available():
         print("there is no CUDA device: nothing measured", file=sys.stderr)
         return 2
     workers = options.workers or min(16, len(os.sched_getaffinity(0)))
-    form = Form(2, 0.2, workers, 4) if options.short else Form(9, 3.0, workers, 64)
+    form = Form(1, 0.2, workers, 1) if options.short else Form(9, 3.0, workers, 64)
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     begun = time.monotonic()
-    result = run(Device(options.device), form)
+    result = run(Device(options.device), form, options.only.split(","))
     result["took_s"] = round(time.monotonic() - begun, 1)
     publish(result, render, options.out, options.page, BEGIN, END)
     return 0

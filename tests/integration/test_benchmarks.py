@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cuda
 from benchmarks.tables import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=80)
+def run(*words: str, patience_s: float = 80) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=patience_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -88,3 +89,23 @@ def test_the_simulation_of_scale_runs(tmp_path: Path) -> None:
     assert first.read_text() == second.read_text()
     assert json.loads(first.read_text())["simulated"] is True
     assert (tmp_path / "scale.svg").exists()
+
+
+@pytest.mark.deadline(240)
+def test_the_cuda_program_runs_on_a_stand_in(tmp_path: Path) -> None:
+    """Copies and training, with the CPU in the place of a device: every round recorded, and tables in the page."""
+    out, page = tmp_path / "cuda.json", tmp_path / "page.md"
+    page.write_text(f"before\n{cuda.BEGIN}\n{cuda.END}\nafter\n")
+    options = ("--short", "--device", "cpu", "--workers", "1", "--only", "tiny")
+    printed = run("benchmarks.cuda", *options, "--out", str(out), "--page", str(page), patience_s=230)
+    result = json.loads(out.read_text())
+    assert "measures nothing" in result["device"]["name"]
+    for made in (result["copies"]["tiny"], result["training"]):
+        assert list(made["rounds"]) == ["robustloader", "torch", "limit"]
+        assert all(values["batch_s"][0] > 0 for values in made["rounds"].values())
+    assert all(0 <= values["idle_share"][0] <= 1 for values in result["training"]["rounds"].values())
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    for row in ("| `tiny` |", "| robustloader |", "| torch |"):
+        assert sum(line.startswith(row) for line in lines) == 1
+        assert row in printed
