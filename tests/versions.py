@@ -43,7 +43,7 @@ PARTS = (
     "tests/chaos/test_starting.py",
     "tests/chaos/test_streams.py",
 )
-TOOLS = ("hypothesis", "mypy", "opentelemetry-sdk", "pytest", "types-psutil", "types-tqdm")
+TOOLS = ("hypothesis", "mypy", "opentelemetry-sdk", "pytest", "torchdata", "types-psutil", "types-tqdm")
 """Of the extra ``dev``, what these files need: the rest, with its frameworks, has versions of torch of its own."""
 
 LIMIT_S = 1800.0
