@@ -169,7 +169,7 @@ def read_report(text: str) -> tuple[Counter[str], list[dict[str, str]]]:
     for case in ElementTree.fromstring(text).iter("testcase"):
         bad = [child for child in case if child.tag in ("failure", "error")]
         if bad:
-            said = bad[0].get("message") or (bad[0].text or "")
+            said = "\n".join(filter(None, (bad[0].get("message"), bad[0].text)))
             failures.append({"test": f"{case.get('classname')}::{case.get('name')}", "said": said[:2000]})
         counts["failed" if bad else "skipped" if case.find("skipped") is not None else "passed"] += 1
     return counts, failures
