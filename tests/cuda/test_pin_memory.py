@@ -121,7 +121,8 @@ def test_copies_race_with_slot_reuse(transport: str, pinned: bool, persistent: b
     copy runs, workers have written the next batches. What arrives on the device is what was loaded, every time."""
     samples, batch_size = 96, 4
     stream = torch.cuda.Stream()
-    square = torch.rand(2048, 2048, device="cuda")
+    with torch.cuda.stream(stream):
+        square = torch.rand(2048, 2048, device="cuda")
     loader = RobustDataLoader(
         Shaped("large", samples),
         batch_size=batch_size,
@@ -201,7 +202,8 @@ def test_a_crash(method: str) -> None:
 def test_kills_while_copies_run(transport: str) -> None:
     """Workers killed from outside, in the middle of copies: nothing is lost, doubled or torn on the device."""
     stream = torch.cuda.Stream()
-    square = torch.rand(1024, 1024, device="cuda")
+    with torch.cuda.stream(stream):
+        square = torch.rand(1024, 1024, device="cuda")
     loader = RobustDataLoader(
         Shaped("large", 80),
         batch_size=4,
