@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarnin
 
 STRICT: dict[str, Any] = {"faults": "raise", "recovery": None, "memory": None, "telemetry": None}
 MODES: dict[str, dict[str, Any]] = {"strict": STRICT, "defaults": {}}
-METHODS = ("fork", "spawn", "forkserver")
+# Each process that is spawned imports torch anew, and a torch with CUDA is gigabytes.
+METHODS = ("fork", pytest.param("spawn", marks=pytest.mark.deadline(240)), "forkserver")
 
 transports = pytest.mark.parametrize("transport", ["arena", "pipe"])
 workers = pytest.mark.parametrize("num_workers", [0, 2])
