@@ -5,7 +5,6 @@ just that. The loader sends nothing to other ranks: the summaries are gathered b
 """
 
 import os
-import signal
 import sys
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from robustloader import ElasticDistributedSampler, RobustDataLoader, merge_summaries
+from robustloader.testing import WorkerKiller
 
 
 class Points(Dataset):
@@ -39,7 +39,7 @@ def main() -> None:
         sampler.set_epoch(epoch)
         for step, (points, labels) in enumerate(batches := iter(loader)):
             if (dist.get_rank(), epoch, step) == (1, 1, 5):
-                os.kill(batches._workers[0].pid, signal.SIGKILL)
+                WorkerKiller(batches, seed=0).strike()
             nn.functional.cross_entropy(model(points), labels).backward()  # waits for the other rank
         summaries = [None] * dist.get_world_size()
         dist.all_gather_object(summaries, loader.summary())

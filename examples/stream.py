@@ -4,8 +4,6 @@ Run it with ``python examples/stream.py``. A stream cannot be asked for a sample
 its own ``state_dict()``, taken in the worker after each batch; without one it would be read from the start.
 """
 
-import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from robustloader import RobustDataLoader
+from robustloader.testing import WorkerKiller
 
 
 class Lines(IterableDataset):
@@ -49,7 +48,7 @@ def main() -> None:
         for number, batch in enumerate(batches):
             seen += batch.tolist()
             if number == 50:
-                os.kill(batches._workers[0].pid, signal.SIGKILL)
+                WorkerKiller(batches, seed=0).strike()
         print(loader.summary())
     assert sorted(seen) == list(range(4000)), "every line once"
 

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarnin
 
 STRICT: dict[str, Any] = {"faults": "raise", "recovery": None, "memory": None, "telemetry": None}
 MODES: dict[str, dict[str, Any]] = {"strict": STRICT, "defaults": {}}
-METHODS = ("fork", "spawn", "forkserver")
+# Each process that is spawned imports torch anew, and a torch with CUDA is gigabytes.
+METHODS = ("fork", pytest.param("spawn", marks=pytest.mark.deadline(240)), "forkserver")
 
 transports = pytest.mark.parametrize("transport", ["arena", "pipe"])
 workers = pytest.mark.parametrize("num_workers", [0, 2])
@@ -121,7 +122,8 @@ def test_copies_race_with_slot_reuse(transport: str, pinned: bool, persistent: b
     copy runs, workers have written the next batches. What arrives on the device is what was loaded, every time."""
     samples, batch_size = 96, 4
     stream = torch.cuda.Stream()
-    square = torch.rand(2048, 2048, device="cuda")
+    with torch.cuda.stream(stream):
+        square = torch.rand(2048, 2048, device="cuda")
     loader = RobustDataLoader(
         Shaped("large", samples),
         batch_size=batch_size,
@@ -201,7 +203,8 @@ def test_a_crash(method: str) -> None:
 def test_kills_while_copies_run(transport: str) -> None:
     """Workers killed from outside, in the middle of copies: nothing is lost, doubled or torn on the device."""
     stream = torch.cuda.Stream()
-    square = torch.rand(1024, 1024, device="cuda")
+    with torch.cuda.stream(stream):
+        square = torch.rand(1024, 1024, device="cuda")
     loader = RobustDataLoader(
         Shaped("large", 80),
         batch_size=4,
