@@ -607,8 +607,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                     self._on_died(happening)
                 elif isinstance(happening, Started):
                     self._on_started(happening.worker)
-                elif self._crew.can_do_without(self._crew.slot_of(happening.worker)):
-                    self._do_without(self._crew.slot_of(happening.worker), str(happening.error))
+                elif self._crew.can_do_without(slot := self._crew.slots[happening.worker_id]):
+                    self._do_without(slot, str(happening.error))
                 else:
                     self._recovery.on_not_started(happening)
                     self._end_holding()
@@ -978,11 +978,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return True
         if not self._options.iterable:
             if not self._books.queue:
-                self._pool.wait(0.01)  # the pin thread has the rest
-                return False
+                return self._await_pinner()
             task, slot = self._books.queue.pop(0), None
         elif not self._recovery.orphans:
-            return False
+            return self._await_pinner()
         else:
             slot = self._recovery.orphans[0]
             if self._stream_indices is None:
@@ -1008,6 +1007,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         except SampleError as error:  # the fault budget
             self._books.raise_once(error)
         return True
+
+    def _await_pinner(self) -> bool:
+        """Nothing is left to load: the pin thread has the rest, and wakes the pool when it has pinned a batch."""
+        self._pool.wait(0.01)
+        self._pool.busy = False
+        return False
 
     def _load_task(self, task: Task, slot: Slot | None, stand_in: StandIn) -> None:
         books, desk = self._books, self._options.desk

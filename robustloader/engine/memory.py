@@ -239,7 +239,11 @@ class MemoryGuard:
         self._due_ns = now_ns + LOOK_EVERY_NS
         if policy is None or not settled:
             return "none", ""
-        shortage = low_memory(limits.read_memory(), policy.headroom_fraction)
+        try:
+            memory = limits.read_memory()
+        except OSError:  # no descriptor to read it with: another time
+            return "none", ""
+        shortage = low_memory(memory, policy.headroom_fraction)
         if shortage is None:
             return "none", ""
         relief: Relief = "none"

@@ -31,6 +31,8 @@ __all__ = ["Died", "Happening", "NotStarted", "Pool", "Said", "Started", "Worker
 
 STOP_WITHIN_S = 5.0
 _EOF_GRACE_S = 1.0
+_DESCRIPTORS_TO_START = 8
+"""More than ``multiprocessing`` opens for a process, whatever the start method."""
 _STACK_WAIT_S = 1.0
 
 
@@ -56,8 +58,12 @@ class Worker:
         self.beacon = Beacon(self.page)
         self.beacon.enter(INIT)
         self.lifeline = host.Lifeline()
-        self.channel, self._their_end = channel_pair()
         self.stacks_fd = os.memfd_create("robustloader-stacks")
+        try:
+            self.channel, self._their_end = channel_pair()
+        except OSError:
+            os.close(self.stacks_fd)
+            raise
         self.process: Any = None
         self._pid: int | None = None
         self.pidfd: int | None = None
@@ -98,13 +104,16 @@ class Worker:
             )
             process = context.Process(target=run_worker, args=(setup,))
             process.daemon = True
+            _want_descriptors()
             with own_fork(self._fork_token), host.signals_held(context.get_start_method()):
                 process.start()
-            self.process = process
-            self._pid = process.pid
+                self.process, self._pid = process, process.pid
             self.pidfd = host.open_pidfd(process.pid)
         except BaseException:
             self.close()
+            if self.process is not None:  # a signal handler's: nobody will know of this process
+                self.kill()
+                self.process.join()
             raise
         finally:
             self._their_end.close()
@@ -169,6 +178,14 @@ class Worker:
         self._fork_token.ended = True
 
 
+def _want_descriptors() -> None:
+    """Raise ``OSError`` where there are not enough to start a process: ``multiprocessing`` would keep those that it got
+    before they ran out, and not give them back."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(_DESCRIPTORS_TO_START):
+            stack.callback(os.close, os.eventfd(0, os.EFD_CLOEXEC))
+
+
 class Said(NamedTuple):
     """A worker sent a frame."""
 
@@ -191,9 +208,10 @@ class Started(NamedTuple):
 
 
 class NotStarted(NamedTuple):
-    """A worker could not be started."""
+    """A worker could not be started, for want of descriptors, memory, threads or processes, say; where ``error`` is no
+    ``Exception``, a signal handler's cut the start short."""
 
-    worker: Worker
+    worker_id: int
     error: BaseException
 
 
@@ -229,7 +247,6 @@ class Pool:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
         self._shared = _Shared(deque(), threading.Lock())
-        self._starting = 0
         self.workers: list[Worker] = []
         self.stopped = False
         self.busy = False
@@ -264,35 +281,46 @@ class Pool:
         self._watch(worker)
         return worker
 
-    def start_aside(self, worker_id: int, incarnation: int, **details: Any) -> Worker:
+    def start_aside(self, worker_id: int, incarnation: int, **details: Any) -> None:
         """Start a worker without holding up the calling thread where that takes long (spawn, forkserver).
 
-        ``wait`` tells how it went. A fork is quick, and forking from another thread would gain nothing.
+        ``wait`` tells how it went. A fork is quick, and forking from another thread would gain nothing. What a signal
+        handler raises meanwhile is raised here, once the outcome is kept. Ctrl-C and SIGTERM are held back until then;
+        a start that another signal cuts short has failed.
         """
-        worker = Worker(worker_id, incarnation)
-        if self.start_method == "fork":
-            self._start_now(worker, details)
-        else:
-            thread = threading.Thread(target=self._start_now, args=(worker, details), daemon=True)
-            thread.name = f"robustloader-start-{worker_id}"
-            thread.start()
-        self._starting += 1
-        return worker
+        aside = self.start_method != "fork"
+        try:
+            worker = Worker(worker_id, incarnation)
+            if aside:
+                name = f"robustloader-start-{worker_id}"
+                threading.Thread(target=self._start_now, args=(worker, details), name=name, daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            self._keep(NotStarted(worker_id, error))
+            return
+        if not aside:
+            with host.signals_held("fork"):
+                self._start_now(worker, details)
 
     def _start_now(self, worker: Worker, details: dict[str, Any]) -> None:
-        outcome: Started | NotStarted
         try:
             worker.start(self._context, self._make_setup, **details)
-            outcome = Started(worker)
         except BaseException as error:
-            outcome = NotStarted(worker, error)
+            self._keep(NotStarted(worker.worker_id, error))
+            if not isinstance(error, Exception) and self.start_method == "fork":  # on the calling thread
+                raise
+            return
+        self._keep(Started(worker))
+
+    def _keep(self, outcome: Started | NotStarted) -> None:
+        """Let ``wait`` tell of it; a worker that comes when all is over goes at once."""
         with self._shared.lock:
-            if self._shared.closed:
-                worker.kill()
-                worker.close()
+            if not self._shared.closed:
+                self._shared.outcomes.append(outcome)
+                os.eventfd_write(self._wake_fd, 1)
                 return
-            self._shared.outcomes.append(outcome)
-            os.eventfd_write(self._wake_fd, 1)
+        if isinstance(outcome, Started):
+            outcome.worker.kill()
+            outcome.worker.close()
 
     def _watch(self, worker: Worker) -> None:
         self.workers.append(worker)
@@ -355,7 +383,8 @@ class Pool:
                 if events & selectors.EVENT_READ:
                     happenings.extend(self._read(worker))
         for worker in self.workers:
-            if worker.gone_ns and time.monotonic_ns() - worker.gone_ns > _EOF_GRACE_S * 1e9:
+            grace_s = STOP_WITHIN_S if worker.dismissed else _EOF_GRACE_S
+            if worker.gone_ns and time.monotonic_ns() - worker.gone_ns > grace_s * 1e9:
                 worker.kill()  # it lives, but nobody can talk with it
         happenings.extend(self._bury(worker, happenings) for worker in dead)
         return happenings
@@ -364,7 +393,6 @@ class Pool:
         taken = []
         while self._shared.outcomes:
             outcome = self._shared.outcomes.popleft()
-            self._starting -= 1
             if isinstance(outcome, Started):
                 self._watch(outcome.worker)
             taken.append(outcome)
@@ -400,12 +428,16 @@ class Pool:
     # --- stopping
 
     def dismiss(self, worker: Worker) -> None:
-        """Ask one worker to leave when it is done with the task in hand; ``wait`` tells when it has."""
+        """Ask one worker to leave when it is done with the task in hand; ``wait`` tells when it has.
+
+        One that has not within five seconds is killed by ``wait``: a thread that user code left behind, say, holds up
+        the interpreter's end for ever.
+        """
         worker.dismissed = True
         worker.beacon.dismiss()
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.channel)
-        worker.gone_ns = worker.gone_ns or 1 << 62  # its silence is expected: no grace to count
+        worker.gone_ns = time.monotonic_ns()
         worker.channel.close()
 
     def stop(self) -> None:

@@ -297,8 +297,11 @@ class Recovery:
 
     def on_not_started(self, happening: NotStarted) -> None:
         """A process could not be started in a dead one's place."""
-        slot = self.crew.slot_of(happening.worker)
+        slot = self.crew.slots[happening.worker_id]
         slot.incarnation += 1
+        if not isinstance(happening.error, Exception):  # a signal handler's: the start is not to blame
+            self.crew.schedule(slot)
+            return
         slot.streak += 1
         if self.policy is None:  # a recycled worker's successor
             self.books.raise_once(WorkerStartError(f"a worker process could not be started: {happening.error}"))

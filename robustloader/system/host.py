@@ -241,6 +241,7 @@ class SharedPage:
     """
 
     def __init__(self, fd: int | None = None) -> None:
+        self._fd = -1  # should there be no descriptor
         if fd is None:
             fd = os.memfd_create("robustloader-beacon")
             os.ftruncate(fd, mmap.PAGESIZE)

@@ -7,6 +7,7 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import time
 from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any
@@ -403,3 +404,24 @@ def test_in_a_daemonic_process(kind: str) -> None:
     ours.close()
     assert (delivered if kind == "map" else sorted(delivered)) == list(range(30))
     assert shrunk[-1] == 0
+
+
+@pytest.mark.parametrize("dataset", [Numbers(32), Stream(32)], ids=["map", "iterable"])
+def test_the_training_process_loads_what_is_pinned_elsewhere(dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the thread that pins, here one that takes its time, and for nothing else."""
+
+    def pin(batch: Any, device: Any = None) -> Any:
+        time.sleep(0.01)
+        return batch
+
+    monkeypatch.setattr("robustloader.system.torch_private.pin_memory", pin)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    loader: Any = RobustDataLoader(
+        dataset, batch_size=4, num_workers=2, pin_memory=True, worker_init_fn=KillEveryWorker(), recovery=BROKE
+    )
+    batches = iter(loader)
+    assert batches.pins
+    assert sorted(flat(batches)) == list(range(32))
+    assert loader.summary().workers_at_end == 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import warnings
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from robustloader import (
     Event,
@@ -190,3 +193,34 @@ def test_streams_are_left_alone() -> None:
     )
     assert sorted(flat(loader)) == list(range(32))
     assert not listener.of(WorkerRecycled)
+
+
+class Lingering(Leaky):
+    """Each worker that loads it has a thread that never ends, as a storage client's may."""
+
+    thread: threading.Thread | None = None
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if Lingering.thread is None:
+            Lingering.thread = threading.Thread(target=threading.Event().wait)
+            Lingering.thread.start()
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python waits for such a thread at the end of a process: the memory would never come back."""
+    monkeypatch.setattr("robustloader.engine.pool.STOP_WITHIN_S", 0.5)
+    listener = Listener()
+    loader: Any = RobustDataLoader(
+        Lingering(1 << 20, 40 * MIB),
+        num_workers=1,
+        multiprocessing_context="fork",
+        memory=MemoryPolicy(max_worker_bytes=LIMIT),
+        telemetry=listener.policy,
+    )
+    for number, batch in enumerate(loader):
+        assert int(batch) == number
+        first = [event.pid for event in listener.of(WorkerRecycled)[:2]]
+        if len(first) == 2 and not any(pid and psutil.pid_exists(pid) for pid in first):
+            break
+    assert not [*listener.of(WorkerCrashed), *listener.of(WorkerRestarted), *listener.of(TaskReplayed)]

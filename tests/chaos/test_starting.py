@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from robustloader import RecoveryPolicy, RobustDataLoader, WorkerCrashed, WorkerRestarted, WorkerStartError
+from robustloader.system import host
 from tests.support.datasets import CannotBegin, CannotPickle, DeadlyInit, Death, Numbers, UnpicklesBadly
 from tests.support.hostile import HOSTILE
 from tests.support.listener import Listener, flat
 from tests.support.peek import pids
-from tests.support.watch import Gate, await_death, wait_at
+from tests.support.watch import Gate, await_death, kill, wait_at
 
 
 class InitRaises:
@@ -244,3 +248,101 @@ def test_a_reported_failure_is_not_a_crash() -> None:
         next(iterator)
     assert not listener.of(WorkerCrashed)
     assert not listener.of(WorkerRestarted)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_no_descriptor_for_a_restart(method: str, num_workers: int) -> None:
+    """The trainer's other code has them all: what cannot be restarted is done without, and nothing is lost."""
+    listener = Listener()
+    loader: Any = RobustDataLoader(
+        Numbers(1 << 20),
+        batch_size=4,
+        num_workers=num_workers,
+        multiprocessing_context=method,
+        recovery=RecoveryPolicy(max_restarts=2, backoff_s=0),
+        telemetry=listener.policy,
+    )
+    batches = iter(loader)
+    samples = flat([next(batches)])
+    kill(pids(batches)[0], signal.SIGKILL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for batch in batches:
+            samples += flat([batch])
+            if loader.active_workers < num_workers:
+                break
+        samples += flat([next(batches)])
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert samples == list(range(len(samples)))
+    assert [event.cause for event in listener.of(WorkerCrashed)] == ["killed"]
+    assert not listener.of(WorkerRestarted)
+
+
+class Stopped(BaseException):
+    """What a handler of the trainer's raises."""
+
+
+@pytest.mark.parametrize("place", ["while it is held back", "in the middle"])
+def test_a_signal_while_a_worker_is_restarted(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its handler raises reaches the loop; whoever goes on gets every sample, and it costs no restart.
+
+    In the middle it may run where another thread was told of the signal.
+    """
+    listener, number, sent = Listener(), signal.SIGTERM, []
+    loader: Any = RobustDataLoader(
+        Numbers(32),
+        batch_size=4,
+        num_workers=2,
+        multiprocessing_context="fork",
+        recovery=RecoveryPolicy(max_restarts=1, backoff_s=0),
+        telemetry=listener.policy,
+    )
+    fork, open_pidfd = os.fork, host.open_pidfd
+
+    def told(pid: int) -> bool:
+        if pid and not sent:
+            sent.append(pid)
+            return True
+        return False
+
+    def slow_fork() -> int:
+        pid = fork()
+        if told(pid):
+            signal.pthread_kill(threading.get_ident(), number)
+        return pid
+
+    def interrupted(pid: int) -> int | None:
+        if told(pid):
+            raise Stopped(place)
+        return open_pidfd(pid)
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(place)
+
+    before = signal.signal(number, stop)
+    try:
+        batches = iter(loader)
+        samples = flat([next(batches)])
+        if place == "in the middle":
+            monkeypatch.setattr(host, "open_pidfd", interrupted)
+        else:
+            monkeypatch.setattr(os, "fork", slow_fork)
+        kill(pids(batches)[0], signal.SIGKILL)
+        with pytest.raises(Stopped, match=place):
+            while True:
+                samples += flat([next(batches)])
+        samples += flat(batches)
+    finally:
+        signal.signal(number, before)
+    assert samples == list(range(32))
+    assert len(listener.of(WorkerCrashed)) == len(listener.of(WorkerRestarted)) == 1
+    assert loader.summary().workers_at_end == 2

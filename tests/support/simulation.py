@@ -125,7 +125,7 @@ class SimPool:
         """A restart succeeds or fails."""
         self.starting.remove(worker)
         if fails:
-            self.outbox.append(NotStarted(worker, BlockingIOError(11, "fork refused")))  # type: ignore[arg-type]
+            self.outbox.append(NotStarted(worker.worker_id, BlockingIOError(11, "fork refused")))
             return
         self.workers.append(worker)
         self.outbox.append(Started(worker))  # type: ignore[arg-type]
