@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from robustloader import FaultBudgetError, FaultPolicy, RobustDataLoader, RobustLoaderWarning, ShardEnded
 from tests.support.datasets import CannotBegin, Damaged, Generated, Stream, damaged
-from tests.support.hostile import CONTROL
+from tests.support.hostile import CONTROL, Moody
 from tests.support.listener import Listener, flat
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -113,6 +113,15 @@ def test_collate(workers: int) -> None:
     loader = RobustDataLoader(Stream(40), batch_size=4, num_workers=workers, collate_fn=Dislikes(5, 20))
     assert sorted(flat(loader)) == [number for number in range(40) if number not in (5, 20)]
     assert [record.kind for record in loader.fault_log] == ["collate", "collate"]
+
+
+@quiet
+@WORKERS
+def test_a_collate_that_fails_in_rhythm_with_the_search(workers: int) -> None:
+    """The search finds nobody at fault, and the batch that it has made on the way is the batch."""
+    loader = RobustDataLoader(Stream(40), batch_size=4, num_workers=workers, collate_fn=Moody())
+    assert sorted(flat(loader)) == list(range(40))
+    assert not loader.fault_log
 
 
 @quiet
