@@ -163,6 +163,15 @@ def test_a_stream_that_raises_for_ever_ends(workers: int) -> None:
 
 
 @quiet
+@WORKERS
+def test_the_budget_alone_ends_it(workers: int) -> None:
+    """Not the number of reports that the faults come in."""
+    with pytest.raises(FaultBudgetError) as caught:
+        list(RobustDataLoader(Endless(1), batch_size=4, num_workers=workers, faults=FaultPolicy(burst=1_000)))
+    assert caught.value.faults > 1_000
+
+
+@quiet
 @pytest.mark.parametrize("name", sorted(set(CONTROL) - {"StopIteration"}))
 def test_control_exceptions_in_a_worker_are_faults(name: str) -> None:
     """They end neither the worker nor the loop. (``StopIteration`` is a stream's own way to end.)"""
