@@ -172,6 +172,49 @@ def test_the_budget_alone_ends_it(workers: int) -> None:
 
 
 @quiet
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(("batch_size", "damages"), [(1, 100), (4, 100), (None, 100), (4, 700)])
+def test_batches_around_a_long_damage_keep_their_order(workers: int, batch_size: int | None, damages: int) -> None:
+    """However many reports it takes to tell of it, and whatever was asked for ahead."""
+    shares = max(1, workers)
+    begin, end, size = 6 * shares, (6 + damages) * shares, (26 + damages) * shares
+    stream = Stream(size, errors=errors(*range(begin, end)))
+    loader = RobustDataLoader(stream, batch_size, num_workers=workers, faults=FaultPolicy(burst=10_000))
+    delivered = flat(batch.reshape(-1).tolist() if batch_size else [batch] for batch in loader)
+    assert sorted(delivered) == [*range(begin), *range(end, size)]
+    for share in range(shares):
+        numbers = [number for number in delivered if number % shares == share]
+        assert numbers == sorted(numbers)
+
+
+class LostThenFound(Stream):
+    """Raises for ever after its second sample when it is read for the first time in its process, and not later."""
+
+    times = 0
+    number = -1
+
+    def __iter__(self) -> Any:
+        self.times, self.number = self.times + 1, -1
+        return self
+
+    def __next__(self) -> int:
+        self.number += 1
+        if self.number > 1 and self.times == 1:
+            raise Damaged("connection lost")
+        return self.number
+
+
+@quiet
+def test_a_new_epoch_calls_a_persistent_worker_away() -> None:
+    """From a stretch of a stream that has nothing but errors, and no end in sight."""
+    policy = FaultPolicy(burst=1 << 40)
+    loader = RobustDataLoader(LostThenFound(1), num_workers=1, persistent_workers=True, faults=policy)
+    assert next(iter(loader)).tolist() == [0]
+    iterator = iter(loader)
+    assert [next(iterator).tolist() for _ in range(4)] == [[0], [1], [2], [3]]
+
+
+@quiet
 @pytest.mark.parametrize("name", sorted(set(CONTROL) - {"StopIteration"}))
 def test_control_exceptions_in_a_worker_are_faults(name: str) -> None:
     """They end neither the worker nor the loop. (``StopIteration`` is a stream's own way to end.)"""

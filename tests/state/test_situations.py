@@ -398,6 +398,27 @@ def test_batches_without_replacement_count_as_delivered(workers: int, steps: int
     assert outcomes(iter(later)) == whole[steps:]
 
 
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+@pytest.mark.parametrize(("workers", "later"), [(0, 0), (1, 1), (1, 0), (2, 2), (2, 0)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_in_a_stream_with_a_long_damage(workers: int, later: int, steps: int) -> None:
+    """More faults than one report tells of, in the middle of a batch: no sample is lost, and none comes twice."""
+    shares = max(1, workers)
+
+    def loader(workers: int) -> RobustDataLoader[Any]:
+        stream = Stream(210 * shares, errors=dict.fromkeys(range(3 * shares, 200 * shares), damaged))
+        return RobustDataLoader(stream, 2, num_workers=workers, faults=FaultPolicy(burst=100_000))
+
+    whole = [batch.tolist() for batch in loader(workers)]
+    assert sorted(flat(whole)) == [*range(3 * shares), *range(200 * shares, 210 * shares)]
+    ours = loader(workers)
+    iterator = iter(ours)
+    head = [batch.tolist() for batch in itertools.islice(iterator, steps)]
+    rest = loader(later)
+    rest.load_state_dict(ours.state_dict())
+    assert head + [batch.tolist() for batch in rest] == whole
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_state_taken_before_the_next_batch(workers: int, steps: int) -> None:
