@@ -189,9 +189,14 @@ class InProcessIterator(torch_private.LoaderIterator):
         rounds = 1
         while isinstance(outcome, Short):
             self._take(outcome.report, task)
+            if self._options.iterable:  # the stream is further on: its end or the fault budget ends this
+                outcome = self._fetch(Fetch(0, task, indices))
+                continue
             rounds += 1
             if rounds > MAX_ROUNDS:
-                raise SampleError(f"no replacement was found for {len(outcome.avoid)} samples of batch {task}")
+                none = SampleError(f"no replacement was found for {len(outcome.avoid)} samples of batch {task}")
+                outcome = Broken(none, Report())
+                break
             self._look_ahead(task + rounds)
             spares = spares_for(self._spares, desk, task, len(outcome.avoid), rounds)
             outcome = self._fetch(Fetch(0, task, indices, spares, outcome.avoid))

@@ -793,8 +793,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _on_unfilled(self, task: Task, slot: Slot, message: Unfilled) -> None:
         """The worker could not fill the batch with the spares it had: send it again with others."""
-        if self._options.iterable:
-            self._send_again(task, slot)
+        if self._options.iterable:  # it only says how many faults there were, and reads on
             return
         task.avoid = tuple(sorted({*task.avoid, *message.avoid}))
         task.rounds += 1
@@ -814,8 +813,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
 
     def _send_again(self, task: Task, slot: Slot) -> None:
         """The same worker goes on with a task: no replay."""
-        if not self._options.iterable:
-            self._books.avoid_known(task)
+        self._books.avoid_known(task)
         task.attempt -= 1
         self._give(task, slot)
 

@@ -155,6 +155,9 @@ class _Pickler(pickle.Pickler):
         if kind is torch.Tensor:
             return self._reduce_tensor(obj)
         if kind is torch.UntypedStorage and obj.device.type == "cpu":
+            first = self._small.get((obj.data_ptr(), obj.nbytes()))
+            if first is not None:
+                return torch.Tensor.untyped_storage, (first,)
             storage = self._storage_of(obj)
             storage.use(0, obj.nbytes())
             return _whole_storage, (storage,)
@@ -182,14 +185,20 @@ class _Pickler(pickle.Pickler):
         raw = tensor.untyped_storage()
         nbytes, dtype = raw.nbytes(), tensor.dtype
         size, stride, offset, item = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), dtype.itemsize
-        if 0 < nbytes <= INLINE_BYTES and not tensor.requires_grad:
-            address = raw.data_ptr()
-            first = self._small.get((address, nbytes))
+        if 0 < nbytes <= INLINE_BYTES:
+            key = (raw.data_ptr(), nbytes)
+            first = self._small.get(key)
             if first is not None:
-                return _alias, (first, _CODE_OF[dtype], size, stride, offset)
-            if nbytes == tensor.nbytes and stride == _row_major(size):
-                self._small[address, nbytes] = tensor
-                return _small_tensor, (_copy(address, nbytes), _CODE_OF[dtype], size)
+                return _alias, (first, _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
+            # Where a view came first, its storage crosses as one, and this tensor is another view.
+            if (
+                nbytes == tensor.nbytes
+                and stride == _row_major(size)
+                and key not in self.storages
+                and not tensor.requires_grad
+            ):
+                self._small[key] = tensor
+                return _small_tensor, (_copy(*key), _CODE_OF[dtype], size)
         storage = self._storage_of(raw)
         if tensor.numel():
             last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -240,8 +249,11 @@ def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Te
     return tensor if len(size) == 1 else tensor.view(size)
 
 
-def _alias(first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
-    return torch.empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
+def _alias(
+    first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int, requires_grad: bool
+) -> torch.Tensor:
+    tensor = torch.empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
+    return tensor.requires_grad_() if requires_grad else tensor
 
 
 def _whole_storage(storage: tuple[int, torch.UntypedStorage]) -> torch.UntypedStorage:

@@ -330,7 +330,7 @@ class _Repair:
     # --- the batch
 
     def _assemble(self) -> Outcome:
-        # Each round drops or replaces at least one sample, and spares are finite, so this ends.
+        # Each round makes the batch or drops at least one sample, and spares are finite, so this ends.
         while True:
             if not self._fill():
                 return Short(tuple(sorted(self.failed)), self._report(()))
@@ -340,8 +340,9 @@ class _Repair:
             try:
                 batch = self._collate(values)
             except self.plan.catches as error:
-                self._isolate(kept, error)
-                continue
+                misfits, batch = self._isolate(kept, error)
+                if misfits:
+                    continue
             if self.stage == ENCODE and self.plan.encode:
                 # Every sample can be pickled and the batch still cannot: what collate_fn made of them is at fault.
                 try:
@@ -389,29 +390,18 @@ class _Repair:
             if fault.position == position and fault.action == "replaced":
                 self.faults[place] = fault._replace(replacement=spare)
 
-    def _isolate(self, kept: list[int], error: BaseException) -> None:
-        """Find the samples that make ``collate_fn`` raise, and drop them."""
+    def _isolate(self, kept: list[int], error: BaseException) -> tuple[list[int], Any]:
+        """Find the samples that make ``collate_fn`` raise, and drop them; where there are none, the batch."""
         if isinstance(error, self.policy.fatal):
             self._raise(kept, "collate", error)
-        errors: list[BaseException] = [error]
-
-        def works(chosen: Sequence[int]) -> bool:
-            try:
-                self._collate([self.values[kept[place]] for place in chosen])
-            except self.plan.catches as raised:
-                errors.append(raised)
-                return False
-            return True
-
-        misfits = find_misfits(len(kept), works) if self.plan.batched else [0]
-        if not misfits:
-            return  # it works now: whatever it was has passed
+        misfits, batch = _misfits(self.plan, [self.values[position] for position in kept], self._collate)
         for place in misfits:
             position = kept[place]
             index = self.used[position]
             fault = _fault("collate", index, position, error, 1, "raised", self.plan)
             self.replaced.pop(position, None)
             self._drop(position, _Bad(fault, error))
+        return misfits, batch
 
     def _raise(self, kept: list[int], kind: FaultKind, error: BaseException) -> NoReturn:
         index = self.used[kept[0]] if len(kept) == 1 else None
@@ -434,6 +424,29 @@ def _get_one(plan: Plan, index: Any) -> Any:
             return values[0]
         # __getitems__ may return whatever its collate_fn understands; then only __getitem__ gives a sample.
     return dataset[index]
+
+
+def _misfits(plan: Plan, values: list[Any], collate: Callable[[list[Any]], Any]) -> tuple[list[int], Any]:
+    """The samples, by their place, that make ``collate`` raise. It may work for all of them by now, whatever it was
+    having passed: then the list is empty, and the batch that it made comes along. To ask for it once more might go on
+    for ever, with one that fails every few calls.
+    """
+    if not plan.batched:
+        return [0], None
+    batch: Any = None
+
+    def works(chosen: Sequence[int]) -> bool:
+        nonlocal batch
+        try:
+            made = collate([values[place] for place in chosen])
+        except plan.catches:
+            return False
+        if len(chosen) == len(values):
+            batch = made
+        return True
+
+    misfits = find_misfits(len(values), works)
+    return misfits, None if misfits else batch
 
 
 def _fault(
@@ -518,8 +531,12 @@ class IterableFetcher:
                 if plan.strict or plan.faults.action == "raise" or isinstance(error, plan.faults.fatal):
                     faults.append(_fault("collate", None, -1, error, 1, "raised", plan))
                     return Broken(error, self._report(faults))
-                self._values = self._fitting(values, error, faults)
-                continue
+                misfits, batch = _misfits(plan, values, plan.collate_fn)
+                if misfits:
+                    faults.extend(_fault("collate", None, -1, error, 1, "skipped", plan) for _ in misfits)
+                    out = set(misfits)
+                    self._values = [value for place, value in enumerate(values) if place not in out]
+                    continue
             self._collated = values if plan.batched and not plan.drop_last else []  # in case it cannot be encoded
             return Loaded(batch, len(values), self._report(faults) if faults or self._reason else None)
 
@@ -577,21 +594,6 @@ class IterableFetcher:
                     self.ended = True
                     self._reason = f"its generator raised {type(error).__name__} and cannot go on"
         return None
-
-    def _fitting(self, values: list[Any], error: BaseException, faults: list[Fault]) -> list[Any]:
-        """Without the samples that make ``collate_fn`` raise."""
-        plan = self.plan
-
-        def works(chosen: Sequence[int]) -> bool:
-            try:
-                plan.collate_fn([values[place] for place in chosen])
-            except plan.catches:
-                return False
-            return True
-
-        misfits = set(find_misfits(len(values), works) if plan.batched else [0])
-        faults.extend(_fault("collate", None, -1, error, 1, "skipped", plan) for _ in misfits)
-        return [value for place, value in enumerate(values) if place not in misfits]
 
     def _report(self, faults: list[Fault]) -> Report:
         reason, self._reason = self._reason, ""

@@ -178,6 +178,11 @@ class _Inbox:
         except Exception as error:  # the unpickling of a user's indices
             self._error = error
 
+    def calls_away(self) -> bool:
+        """Whether the task in hand is nobody's concern any more: a new epoch has begun, or the channel is closed."""
+        self.look()
+        return self._gone or self._error is not None or any(isinstance(frame.message, Resume) for frame in self._frames)
+
     def _take(self, *, wait: bool) -> None:
         frames, self._gone = self._channel.receive(wait=wait)
         self._frames.extend(frames)
@@ -282,7 +287,7 @@ class _Worker:
         if self.setup.seed_batches:
             seed_batch(self.base_seed, self.epoch, order.task)
         begun = time.monotonic_ns()
-        outcome = self.fetcher.fetch(order)
+        outcome = self._go_on(order, self.fetcher.fetch(order))
         if order.careful and self.setup.seed_batches and isinstance(outcome, Loaded) and outcome.report is None:
             # Proved sample by sample; the batch itself must draw its random numbers in the usual order.
             seed_batch(self.base_seed, self.epoch, order.task)
@@ -295,7 +300,7 @@ class _Worker:
             try:
                 parcel = codec.dumps(outcome.batch)
             except BaseException as error:
-                outcome = self.fetcher.repair_unpicklable(order, error)
+                outcome = self._go_on(order, self.fetcher.repair_unpicklable(order, error))
                 continue
             snapshot = pickled_snapshot(self.fetcher) if self.setup.iterable else None
             fd, trouble = None, ""
@@ -319,6 +324,16 @@ class _Worker:
             return
         self.beacon.finish()
         self.channel.send(self._reply(order, outcome))
+
+    def _go_on(self, order: Fetch, outcome: Outcome) -> Outcome:
+        """After a report of many faults, read on in the stream for the same task: a later one, which may be on its way
+        already, would take the samples that this one has so far. A map-style task waits for other spares."""
+        if self.setup.iterable:
+            while isinstance(outcome, Short) and not self.beacon.dismissed and not self.inbox.calls_away():
+                self.beacon.finish()
+                self.channel.send(self._reply(order, outcome))
+                outcome = self.fetcher.fetch(order)
+        return outcome
 
     def _reply(self, order: Fetch, outcome: Outcome) -> Any:
         calls = self.fetcher.calls

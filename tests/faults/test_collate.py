@@ -12,6 +12,7 @@ from torch.utils.data import Subset, default_collate
 
 from robustloader import FaultPolicy, RobustDataLoader
 from tests.support.datasets import Damaged, Flaky, Numbers, Shaped, WithItems, damaged, noted
+from tests.support.hostile import Moody
 
 pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
 
@@ -119,6 +120,17 @@ def test_a_fatal_error_in_collate_raises(workers: int) -> None:
     loader = RobustDataLoader(Numbers(8), batch_size=4, num_workers=workers, collate_fn=Dislikes(1, kind=NameError))
     with pytest.raises(NameError):
         list(loader)
+
+
+@WORKERS
+@pytest.mark.parametrize("action", ["replace", "skip"])
+def test_a_collate_that_fails_in_rhythm_with_the_search(workers: int, action: Any) -> None:
+    """The search finds nobody at fault, and the batch that it has made on the way is the batch."""
+    loader = RobustDataLoader(
+        Numbers(32), batch_size=8, num_workers=workers, collate_fn=Moody(), faults=FaultPolicy(action=action)
+    )
+    assert [batch.tolist() for batch in loader] == [list(range(start, start + 8)) for start in range(0, 32, 8)]
+    assert not loader.fault_log
 
 
 @WORKERS

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from robustloader import FaultBudgetError, FaultPolicy, RobustDataLoader, RobustLoaderWarning, ShardEnded
 from tests.support.datasets import CannotBegin, Damaged, Generated, Stream, damaged
-from tests.support.hostile import CONTROL
+from tests.support.hostile import CONTROL, Moody
 from tests.support.listener import Listener, flat
 
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -117,6 +117,15 @@ def test_collate(workers: int) -> None:
 
 @quiet
 @WORKERS
+def test_a_collate_that_fails_in_rhythm_with_the_search(workers: int) -> None:
+    """The search finds nobody at fault, and the batch that it has made on the way is the batch."""
+    loader = RobustDataLoader(Stream(40), batch_size=4, num_workers=workers, collate_fn=Moody())
+    assert sorted(flat(loader)) == list(range(40))
+    assert not loader.fault_log
+
+
+@quiet
+@WORKERS
 def test_drop_last(workers: int) -> None:
     """Only full batches, refilled over the gap."""
     loader = RobustDataLoader(Stream(40, errors=errors(2, 4)), batch_size=4, num_workers=workers, drop_last=True)
@@ -151,6 +160,58 @@ def test_a_stream_that_raises_for_ever_ends(workers: int) -> None:
     """So does this one, which has no end of its own."""
     with pytest.raises(FaultBudgetError):
         list(RobustDataLoader(Endless(1), batch_size=4, num_workers=workers))
+
+
+@quiet
+@WORKERS
+def test_the_budget_alone_ends_it(workers: int) -> None:
+    """Not the number of reports that the faults come in."""
+    with pytest.raises(FaultBudgetError) as caught:
+        list(RobustDataLoader(Endless(1), batch_size=4, num_workers=workers, faults=FaultPolicy(burst=1_000)))
+    assert caught.value.faults > 1_000
+
+
+@quiet
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(("batch_size", "damages"), [(1, 100), (4, 100), (None, 100), (4, 700)])
+def test_batches_around_a_long_damage_keep_their_order(workers: int, batch_size: int | None, damages: int) -> None:
+    """However many reports it takes to tell of it, and whatever was asked for ahead."""
+    shares = max(1, workers)
+    begin, end, size = 6 * shares, (6 + damages) * shares, (26 + damages) * shares
+    stream = Stream(size, errors=errors(*range(begin, end)))
+    loader = RobustDataLoader(stream, batch_size, num_workers=workers, faults=FaultPolicy(burst=10_000))
+    delivered = flat(batch.reshape(-1).tolist() if batch_size else [batch] for batch in loader)
+    assert sorted(delivered) == [*range(begin), *range(end, size)]
+    for share in range(shares):
+        numbers = [number for number in delivered if number % shares == share]
+        assert numbers == sorted(numbers)
+
+
+class LostThenFound(Stream):
+    """Raises for ever after its second sample when it is read for the first time in its process, and not later."""
+
+    times = 0
+    number = -1
+
+    def __iter__(self) -> Any:
+        self.times, self.number = self.times + 1, -1
+        return self
+
+    def __next__(self) -> int:
+        self.number += 1
+        if self.number > 1 and self.times == 1:
+            raise Damaged("connection lost")
+        return self.number
+
+
+@quiet
+def test_a_new_epoch_calls_a_persistent_worker_away() -> None:
+    """From a stretch of a stream that has nothing but errors, and no end in sight."""
+    policy = FaultPolicy(burst=1 << 40)
+    loader = RobustDataLoader(LostThenFound(1), num_workers=1, persistent_workers=True, faults=policy)
+    assert next(iter(loader)).tolist() == [0]
+    iterator = iter(loader)
+    assert [next(iterator).tolist() for _ in range(4)] == [[0], [1], [2], [3]]
 
 
 @quiet

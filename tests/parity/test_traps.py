@@ -541,6 +541,25 @@ def test_a_batch_owns_exactly_its_memory(transport: Any, tmp_path: Any) -> None:
         assert torch.equal(torch.load(tmp_path / "t.pt"), tensor)
 
 
+def part_and_whole(samples: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A view, and after it what it is a view of."""
+    whole = torch.zeros(len(samples), 20)
+    return whole[:1], whole
+
+
+@pytest.mark.parametrize("kind", [DataLoader, RobustDataLoader])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_shares_memory_shares_it_in_the_trainer(kind: Any, swapped: bool) -> None:
+    """A view before its base, and the other way round."""
+
+    def collate(samples: list[Any]) -> Any:
+        return part_and_whole(samples)[:: -1 if swapped else 1]
+
+    for first, second in kind(range(4), batch_size=4, num_workers=1, collate_fn=collate):
+        first.fill_(7)
+        assert second[0].tolist() == [7.0] * 20
+
+
 @pytest.mark.parametrize("transport", ["auto", "pipe"])
 def test_kept_batches_stay_as_they_were(transport: Any) -> None:
     """Batches that the trainer keeps are not written over by later ones, nor by the end of the loader."""

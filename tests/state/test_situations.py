@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -17,11 +18,13 @@ from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, 
 from robustloader import (
     ElasticDistributedBatchSampler,
     ElasticDistributedSampler,
+    FaultPolicy,
     RecoveryPolicy,
     RobustDataLoader,
+    SampleError,
     StateError,
 )
-from tests.support.datasets import Deadly, Death, Numbers, Random, Stream
+from tests.support.datasets import Deadly, Death, Numbers, Raising, Random, Stream, damaged
 
 
 def numbers(batches: Any) -> list[int]:
@@ -354,6 +357,66 @@ def test_workers_draw_new_numbers_in_each_epoch_that_has_the_old_base_seed() -> 
     other.load_state_dict(ours.state_dict())
     drawn = [int(number) for _ in range(3) for _, noise in other for number in noise]
     assert len(set(drawn)) == len(drawn) == 24
+
+
+def outcomes(iterator: Any) -> list[Any]:
+    """What each step comes to: the numbers of its batch, or the type of its error."""
+    found: list[Any] = []
+    while True:
+        try:
+            found.append(numbers([next(iterator)]))
+        except StopIteration:
+            return found
+        except SampleError as error:
+            found.append(type(error))
+
+
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("steps", [1, 9, 30])
+def test_batches_without_replacement_count_as_delivered(workers: int, steps: int) -> None:
+    """The trainer had their errors: a resumed run does not come to them again."""
+
+    def loader() -> RobustDataLoader[Any]:
+        policy = FaultPolicy(burst=100_000, retry=None)
+        return RobustDataLoader(Raising(160, dict.fromkeys(range(60), damaged)), 4, num_workers=workers, faults=policy)
+
+    torch.manual_seed(4)
+    whole = outcomes(iter(loader()))
+    assert len(whole) == 40
+    assert SampleError in whole
+    torch.manual_seed(4)
+    ours = loader()
+    iterator = iter(ours)
+    for _ in range(steps):
+        with contextlib.suppress(SampleError):
+            next(iterator)
+    state = ours.state_dict()
+    assert (state["delivered"], len(state["ahead"])) == (steps, 0)
+    later = loader()
+    later.load_state_dict(state)
+    assert outcomes(iter(later)) == whole[steps:]
+
+
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+@pytest.mark.parametrize(("workers", "later"), [(0, 0), (1, 1), (1, 0), (2, 2), (2, 0)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_in_a_stream_with_a_long_damage(workers: int, later: int, steps: int) -> None:
+    """More faults than one report tells of, in the middle of a batch: no sample is lost, and none comes twice."""
+    shares = max(1, workers)
+
+    def loader(workers: int) -> RobustDataLoader[Any]:
+        stream = Stream(210 * shares, errors=dict.fromkeys(range(3 * shares, 200 * shares), damaged))
+        return RobustDataLoader(stream, 2, num_workers=workers, faults=FaultPolicy(burst=100_000))
+
+    whole = [batch.tolist() for batch in loader(workers)]
+    assert sorted(flat(whole)) == [*range(3 * shares), *range(200 * shares, 210 * shares)]
+    ours = loader(workers)
+    iterator = iter(ours)
+    head = [batch.tolist() for batch in itertools.islice(iterator, steps)]
+    rest = loader(later)
+    rest.load_state_dict(ours.state_dict())
+    assert head + [batch.tolist() for batch in rest] == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
@@ -201,6 +202,30 @@ def test_what_shares_memory_still_does(count: int) -> None:
     assert bool((half[0] == 3).all())
     assert whole[0] is same[0]
     assert bool((other == 0).all())
+
+
+@pytest.mark.parametrize("count", [10, 10_000])
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(["view", "base", "bits", "leaf", "storage"], 3)), ids="-".join
+)
+def test_memory_is_shared_whatever_comes_first(count: int, order: tuple[str, ...]) -> None:
+    """A part, the whole, the whole as another dtype, a leaf that requires grad upon it, and the storage itself."""
+    base = torch.zeros(count)
+    parts: dict[str, Any] = {
+        "view": base[: count // 2],
+        "base": base,
+        "bits": base.view(torch.int32),
+        "leaf": base.detach().requires_grad_(),
+        "storage": base.untyped_storage(),
+    }
+    found = carry([parts[name] for name in order])
+    addresses = {part.data_ptr() for part in found}
+    assert len(addresses) == 1
+    for name, part in zip(order, found, strict=True):
+        assert type(part) is type(parts[name])
+        if isinstance(part, torch.Tensor):
+            assert (part.dtype, part.shape) == (parts[name].dtype, parts[name].shape)
+            assert part.requires_grad == parts[name].requires_grad
 
 
 def test_disjoint_views_of_one_storage_keep_their_distance() -> None:
