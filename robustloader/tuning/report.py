@@ -26,7 +26,7 @@ class TuningReport:
         verdict: "data is not your bottleneck", "data is the bottleneck", or "as fast as possible" (no ``step_s``).
         reason: why this number, in words.
         complete: False after Ctrl-C, or where the time did not suffice for every candidate.
-        batch_size: samples in a batch; None where the dataset makes its own batches.
+        batch_size: samples in a batch, at most an epoch's; None where the dataset makes its own batches.
         step_s: the trainer's step that was assumed, in seconds.
         load_s, cpu_s, cross_s: of one batch: loading it in one process, processor time in that, crossing from a worker.
         batch_bytes: size of a batch.

@@ -29,6 +29,7 @@ class Bench(Protocol):
     """What the search asks measurements of; :class:`Workbench`, or a fake one in tests."""
 
     why_no_copy: str
+    notes: list[str]
 
     def probe(self, seconds: float) -> Probe:
         """Load some batches in one process, and let one cross."""
@@ -61,7 +62,8 @@ def tune(
 
     Args:
         dataset: map-style or iterable.
-        batch_size: as for the loader; None for a dataset that makes its own batches.
+        batch_size: as for the loader; None for a dataset that makes its own batches. More than an epoch has means all of
+            it.
         candidates: numbers of workers to measure, all of them; None chooses within the limits of this machine.
         seconds: how long it may take, about; a dataset with slow batches takes longer.
         step_s: what the trainer does with a batch, in seconds; 0 takes batches as fast as they come.
@@ -91,7 +93,7 @@ def tune(
         bench = Workbench(dataset, batch_size=batch_size, step_s=step_s, loader_kwargs=loader_kwargs)
         return search(
             bench,
-            batch_size=batch_size,
+            batch_size=bench.batch_size,
             candidates=chosen,
             seconds=seconds,
             step_s=step_s,
@@ -123,7 +125,7 @@ def search(
     share = max(1, cpus // ranks)
     model = Model(load_s=probe.load_s, cpu_s=probe.cpu_s, cross_s=probe.cross_s, cpus=share, step_s=step_s)
     ceiling = _ceiling(probe, cpus, ranks, prefetch_factor, worker_bytes=0)
-    notes = []
+    notes = list(bench.notes)
     grid = candidates or plan_grid(ceiling.workers)
     if not probe.in_process:
         notes.append(

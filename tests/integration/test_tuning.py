@@ -92,6 +92,18 @@ def test_an_empty_dataset() -> None:
         quick(make_empty())
 
 
+@pytest.mark.parametrize("batch_size", [64, 65, 999_999_999])
+def test_a_batch_is_no_larger_than_an_epoch(batch_size: int) -> None:
+    """What the training gets is measured, and the report says how large that is."""
+    report = quick(Drawing(), batch_size=batch_size, candidates=(0, 1), seconds=1)
+    assert report.batch_size == 64
+    assert report.batch_bytes == 64 * 4 * 4
+    noted = [f"an epoch is one batch of 64 samples, fewer than batch_size={batch_size}"] if batch_size > 64 else []
+    assert list(report.notes) == noted
+    with pytest.raises(ValueError, match="with batch_size=65 and drop_last there is no batch"):
+        quick(Drawing(), batch_size=65, drop_last=True)
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

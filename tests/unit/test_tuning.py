@@ -17,7 +17,7 @@ from robustloader.decisions.tuning import Block, Explorer, Model, advise, choose
 from robustloader.system import limits
 from robustloader.tuning import search as searching
 from robustloader.tuning.copying import copy_sharing_data
-from robustloader.tuning.measure import Probe, Walk
+from robustloader.tuning.measure import Probe, Walk, Workbench
 from robustloader.tuning.search import search
 
 GIB = 1 << 30
@@ -31,6 +31,7 @@ class Fake:
         self.load_s, self.cpu_s = load_s, cpu_s
         self.facts = {"in_process": True, "worker_bytes": 0, "batch_bytes": 1000, **facts}
         self.why_no_copy = "TypeError: it cannot be copied"
+        self.notes: list[str] = []
         self.turns: list[int] = []
         self.now = 0.0
         self.stop_after = 10**9
@@ -366,3 +367,18 @@ def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with searching._progress(5)() as tell:
         tell("num_workers=3")
     assert "num_workers=3" in capsys.readouterr().err
+
+
+class Unsized:
+    """A sampler without a length."""
+
+    def __iter__(self) -> Any:
+        return iter((0, 1))
+
+
+@pytest.mark.parametrize(("sampler", "samples"), [(None, 3), (range(2), 2), (range(9), 8), (Unsized(), 3)])
+def test_an_epoch_is_as_long_as_its_sampler(sampler: Any, samples: int) -> None:
+    """One with replacement gives more than the dataset has, one of many ranks fewer."""
+    bench = Workbench([1, 2, 3], batch_size=8, step_s=0, loader_kwargs={"sampler": sampler})
+    assert bench.batch_size == samples
+    assert bool(bench.notes) == (samples < 8)
