@@ -64,7 +64,7 @@ def tune(
         dataset: map-style or iterable.
         batch_size: as for the loader; None for a dataset that makes its own batches. More than an epoch has means all of
             it.
-        candidates: numbers of workers to measure, all of them; None chooses within the limits of this machine.
+        candidates: numbers of workers to measure, those within the limits of this machine; None chooses among these.
         seconds: how long it may take, about; a dataset with slow batches takes longer.
         step_s: what the trainer does with a batch, in seconds; 0 takes batches as fast as they come.
         progress: show how far it is on stderr (a bar where tqdm is installed).
@@ -134,12 +134,14 @@ def search(
         )
         grid = tuple(number for number in grid if number)
     allowed = tuple(number for number in grid if number <= ceiling.workers)
-    if allowed != grid:
+    if allowed != grid or not (allowed or candidates):
         notes.append(f"more than {ceiling.workers} workers were left out: {ceiling.reason}")
+    if not allowed:
+        raise _nothing_measured(notes)
     explorer = Explorer(allowed, None if candidates else model)
-    first = max(1, len(allowed) if candidates else min(4, len(allowed)))
+    first = len(allowed) if candidates else min(4, len(allowed))
     block_s = max(
-        LEAST_BLOCK_S, 0.6 * (deadline - clock()) / (ROUNDS * first), 4 * model.batch_s(max(allowed, default=1))
+        LEAST_BLOCK_S, 0.6 * (deadline - clock()) / (ROUNDS * first), 4 * model.batch_s(max(allowed))
     )
     complete, largest = True, 0
     with show() if show else contextlib.nullcontext(_silent) as tell:
@@ -163,6 +165,8 @@ def search(
             if not explorer.blocks:
                 raise
             complete = False
+    if not explorer.blocks:
+        raise _nothing_measured(notes)
     found = advise(explorer.blocks, model=model, step_s=step_s, ceiling=ceiling)
     return TuningReport(
         best=found.best,
@@ -180,6 +184,10 @@ def search(
         ceiling_reason=ceiling.reason,
         notes=tuple(notes),
     )
+
+
+def _nothing_measured(notes: list[str]) -> ValueError:
+    return ValueError("nothing was measured: " + "; ".join(notes))
 
 
 def _ceiling(probe: Probe, cpus: int, ranks: int, prefetch_factor: int, *, worker_bytes: int) -> Ceiling:

@@ -73,6 +73,12 @@ def test_a_stream_that_is_too_short() -> None:
     assert report.best in (0, 1, 2)
 
 
+def test_a_stream_that_cannot_be_measured_at_all() -> None:
+    """The error says what was tried."""
+    with pytest.raises(ValueError, match="nothing was measured: num_workers=0 could not be measured: the dataset ends"):
+        quick(Stream(3), candidates=(0, 1), seconds=1)
+
+
 def test_a_dataset_that_cannot_be_copied() -> None:
     """It is loaded in workers only."""
     report = quick(NoCopy())

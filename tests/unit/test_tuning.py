@@ -209,6 +209,19 @@ def test_candidates_above_the_ceiling_are_left_out() -> None:
     assert "more than 16 workers were left out: 16 processors" in report.notes[0]
 
 
+@pytest.mark.parametrize("in_process", [True, False])
+def test_nothing_within_the_limits(monkeypatch: pytest.MonkeyPatch, in_process: bool) -> None:
+    """The error says why nothing was measured."""
+    fake = Fake(lambda n: 10.0, in_process=in_process)
+    with pytest.raises(ValueError, match="nothing was measured: .*more than 16 workers were left out: 16 processors"):
+        fake.search(candidates=(17, 99))
+    monkeypatch.setattr(limits, "read_processes", lambda: Processes(free=0, limit="pids.max"))
+    if not in_process:
+        with pytest.raises(ValueError, match=r"cannot be copied.*more than 0 workers were left out: .*pids\.max"):
+            fake.search()
+    assert not fake.turns
+
+
 def test_without_a_copy_the_original_is_left_alone() -> None:
     """Nothing is loaded in this process then."""
     fake = Fake(lambda n: 10.0 * max(n, 1), in_process=False)
