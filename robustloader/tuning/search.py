@@ -82,11 +82,8 @@ def tune(
     for name in ("num_workers", "batch_sampler"):
         if loader_kwargs.get(name) is not None:
             raise OptionError(name, loader_kwargs[name], "left out: tune() chooses num_workers and takes batch_size")
-    chosen = None if candidates is None else tuple(sorted(set(candidates)))
-    for number in chosen or ():
-        check_number("candidates", number, whole=True)
-    if chosen == ():
-        raise OptionError("candidates", candidates, "at least one number of workers, or None")
+    check_number("prefetch_factor", loader_kwargs.get("prefetch_factor"), low=1, whole=True, optional=True)
+    chosen = None if candidates is None else _check_candidates(candidates)
     with preserve_rng(), warnings.catch_warnings():
         # More workers than processors are measured only where samples mostly wait, or where the caller asks for them.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -100,6 +97,18 @@ def tune(
             prefetch_factor=loader_kwargs.get("prefetch_factor") or 2,
             show=_progress(seconds) if progress else None,
         )
+
+
+def _check_candidates(candidates: Iterable[int]) -> tuple[int, ...]:
+    """Ascending, each once."""
+    if not isinstance(candidates, Iterable):
+        raise OptionError("candidates", candidates, "numbers of workers, such as (0, 2, 4), or None")
+    numbers = tuple(candidates)
+    for number in numbers:
+        check_number("candidates", number, whole=True)
+    if not numbers:
+        raise OptionError("candidates", candidates, "at least one number of workers, or None")
+    return tuple(sorted(set(numbers)))
 
 
 def search(
