@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import os
 import sys
 from collections.abc import Iterator
 
 from robustloader.errors import OptionError
 from robustloader.telemetry.units import as_line
 
-__all__ = ["CommandError", "OutputError", "delivering", "tell", "users_errors"]
+__all__ = ["CommandError", "OutputError", "delivering", "others_prints_to_stderr", "tell", "users_errors"]
 
 
 class CommandError(Exception):
@@ -58,6 +61,41 @@ def tell(text: object) -> None:
             print(text)
         except UnicodeEncodeError as error:
             print(str(text).encode(error.encoding, "replace").decode(error.encoding))
+
+
+@contextlib.contextmanager
+def others_prints_to_stderr() -> Iterator[None]:
+    """What is printed inside goes to standard error: standard output is for the command's own result.
+
+    Print as they may: this process through ``sys.stdout``, a C library through its descriptor, workers through either,
+    whichever way they are started.
+
+    Raises:
+        OutputError: what stands in the buffer already cannot be written.
+    """
+    with delivering():
+        python = sys.stdout
+    try:
+        own = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)  # 3: where standard error is closed, its number stays free
+    except OSError:  # closed from the start
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        try:
+            os.dup2(2, 1)
+        except OSError:  # standard error is closed
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+        with contextlib.redirect_stdout(sys.stderr or python):
+            yield
+    finally:
+        if python is not None:  # held by somebody, such as a handler of logging
+            with contextlib.suppress(OSError, ValueError):
+                python.flush()
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(own, 1)
+        os.close(own)
 
 
 @contextlib.contextmanager

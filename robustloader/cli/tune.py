@@ -8,7 +8,7 @@ from typing import Any
 
 from robustloader import tune
 from robustloader.cli.datasets import load_dataset
-from robustloader.cli.ending import CommandError, tell, users_errors
+from robustloader.cli.ending import CommandError, others_prints_to_stderr, tell, users_errors
 from robustloader.cli.numbers import count, counts, seconds_above_0, seconds_at_least_0
 
 __all__ = ["add_parser", "run"]
@@ -41,17 +41,18 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and tell: the exit status."""
-    dataset = load_dataset(options.dataset)
-    with users_errors():
-        report = tune(
-            dataset,
-            batch_size=options.batch_size,
-            candidates=options.candidates,
-            seconds=options.seconds,
-            step_s=options.step_s,
-            prefetch_factor=options.prefetch_factor,
-            shuffle=options.shuffle,
-        )
+    with others_prints_to_stderr():
+        dataset = load_dataset(options.dataset)
+        with users_errors():
+            report = tune(
+                dataset,
+                batch_size=options.batch_size,
+                candidates=options.candidates,
+                seconds=options.seconds,
+                step_s=options.step_s,
+                prefetch_factor=options.prefetch_factor,
+                shuffle=options.shuffle,
+            )
     tell(json.dumps(report.to_dict(), indent=2) if options.json else report)
     if options.plot:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,33 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str], command: str, words: 
     """2 for bad arguments, 1 for trouble, and a line that says what."""
     assert main([command, *words]) == status
     assert f"robustloader {command}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("tune", "--candidates", "0,1", "--seconds", "0.5"), ("compare", "--batches", "2")])
+def test_a_dataset_that_prints(words: tuple[str, ...]) -> None:
+    """Standard output holds the JSON document alone, whoever prints."""
+    command = [sys.executable, "-m", "robustloader", words[0], f"{NAME}:make_chatty", *words[1:], "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert json.loads(ended.stdout)
+    for line in (
+        "making",
+        "to the first standard output",
+        "sample through Python",
+        "sample through the descriptor",
+    ):
+        assert line in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("closed", "dataset"), [(">&-", "Drawing"), ("2>&-", "make_chatty"), (">&- 2>&-", "Drawing")]
+)
+def test_closed_outputs(closed: str, dataset: str) -> None:
+    """A command works without them, and puts nothing where it does not belong."""
+    words = f"{sys.executable} -m robustloader compare {NAME}:{dataset} --batches 1 --json {closed}"
+    ended = subprocess.run(["sh", "-c", words], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended
+    assert bool(ended.stdout) == (closed == "2>&-")
+    assert not ended.stdout or json.loads(ended.stdout)["identical"]
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -85,6 +86,21 @@ class NoCopy(Waiting):
     def __init__(self) -> None:
         self.key = lambda: 1
         self.numbers = itertools.count()
+
+
+class Chatty(Drawing):
+    """Prints: the module that makes it, and each sample, through Python and through the descriptor."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        print("sample through Python", flush=True)
+        os.write(1, b"sample through the descriptor\n")
+        return super().__getitem__(index)
+
+
+def make_chatty() -> Chatty:
+    print("making")
+    print("to the first standard output", file=sys.__stdout__)
+    return Chatty()
 
 
 def make_empty() -> Drawing:
