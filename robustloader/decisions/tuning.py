@@ -34,6 +34,7 @@ __all__ = [
     "advise",
     "plan_ceiling",
     "plan_grid",
+    "tell_trouble",
 ]
 
 KNEE_GAIN = 0.05
@@ -62,12 +63,21 @@ class Block:
         elapsed_s: for these.
         first_batch_s: from ``iter()`` to the first batch.
         worker_bytes: what the largest worker held for itself; 0 where unknown.
+        samples: that were delivered, those of the warm-up included.
+        faults: samples that failed for good meanwhile.
+        deaths: crashes and hangs of workers meanwhile.
+        fault_causes, death_causes: names of exception types, and of signals, as far as they are known.
     """
 
     batches: int
     elapsed_s: float
     first_batch_s: float
     worker_bytes: int = 0
+    samples: int = 0
+    faults: int = 0
+    deaths: int = 0
+    fault_causes: frozenset[str] = frozenset()
+    death_causes: frozenset[str] = frozenset()
 
     @property
     def rate(self) -> float:
@@ -293,6 +303,8 @@ class Row:
         model_batches_per_s: what the model expected; None without one.
         wait_fraction: share of the loop that waits for data; 1 where there is no step.
         rounds: how often it had its turn.
+        faults: samples that failed for good in these rounds.
+        deaths: crashes and hangs of workers in these rounds.
     """
 
     num_workers: int
@@ -305,6 +317,8 @@ class Row:
     model_batches_per_s: float | None
     wait_fraction: float
     rounds: int
+    faults: int = 0
+    deaths: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +362,8 @@ def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float
                 model_batches_per_s=1 / model.batch_s(workers) if model else None,
                 wait_fraction=min(1.0, max(0.0, 1 - rate * step_s)),
                 rounds=len(rates),
+                faults=sum(block.faults for block in blocks[workers]),
+                deaths=sum(block.deaths for block in blocks[workers]),
             )
         )
     allowed = [row for row in rows if ceiling is None or row.num_workers <= ceiling.workers]
@@ -364,6 +380,36 @@ def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float
     if ceiling is not None and len(allowed) < len(rows) and ceiling.reason not in reason:
         reason += f" More than {ceiling.workers} do not fit: {ceiling.reason}."
     return Advice(rows=tuple(rows), best=best, verdict=verdict, reason=reason)
+
+
+def tell_trouble(blocks: dict[int, list[Block]]) -> list[str]:
+    """Samples that failed and workers that died while it was measured: they cost time, which the rates hold."""
+    told = []
+    turns = [block for each in blocks.values() for block in each]
+    deaths, faults = sum(block.deaths for block in turns), sum(block.faults for block in turns)
+    if deaths:
+        where = ", ".join(str(n) for n in sorted(blocks) if any(block.deaths for block in blocks[n]))
+        causes = _causes(block.death_causes for block in turns)
+        told.append(
+            f"workers died or hung {_times(deaths)}{causes} with num_workers={where}: what is told of these numbers is "
+            "how fast workers are restarted, not how fast they load. Mend that first"
+        )
+    if faults:
+        samples = faults + sum(block.samples for block in turns)
+        told.append(
+            f"{faults:,} of {samples:,} samples failed for good{_causes(block.fault_causes for block in turns)}: what "
+            "they cost is part of what was measured"
+        )
+    return told
+
+
+def _causes(known: Iterable[frozenset[str]]) -> str:
+    names = sorted(frozenset().union(*known))
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number:,} times"
 
 
 def _unit_rate(blocks: dict[int, list[Block]], model: Model | None) -> float:

@@ -189,7 +189,8 @@ class Workbench:
             goes_on: asked after each batch; False ends the block early.
         """
         begun = time.perf_counter()
-        batches = iter(self._loader(workers))
+        loader = self._loader(workers)
+        batches = iter(loader)
         with contextlib.closing(batches):
             if next(batches, None) is None:
                 return None
@@ -213,11 +214,23 @@ class Workbench:
                     if not goes_on():
                         break
             worker_bytes = _largest_worker(batches)
+            seen = loader.statistics()
         if not whole:
             whole, whole_s = counted, elapsed_s
         if not whole or whole_s <= 0:
             return None
-        return Block(batches=whole, elapsed_s=whole_s, first_batch_s=first_batch_s, worker_bytes=worker_bytes)
+        failed = [record for record in loader.fault_log if record.action != "retried"]
+        return Block(
+            batches=whole,
+            elapsed_s=whole_s,
+            first_batch_s=first_batch_s,
+            worker_bytes=worker_bytes,
+            samples=seen.samples,
+            faults=seen.faults + seen.quarantined,
+            deaths=seen.crashes + seen.hangs,
+            fault_causes=frozenset(record.error_type or record.kind for record in failed),
+            death_causes=frozenset(record.signal for record in failed if record.signal),
+        )
 
     def _step(self) -> None:
         if self._step_s:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from robustloader.decisions.tuning import Block, Ceiling, Explorer, Model, advise, plan_ceiling, plan_grid
+from robustloader.decisions.tuning import Block, Ceiling, Explorer, Model, advise, plan_ceiling, plan_grid, tell_trouble
 from robustloader.errors import OptionError
 from robustloader.policies import MemoryPolicy, check_number
 from robustloader.system import limits
@@ -191,7 +191,7 @@ def search(
         batch_bytes=probe.batch_bytes,
         ceiling=ceiling.workers,
         ceiling_reason=ceiling.reason,
-        notes=tuple(notes),
+        notes=(*notes, *tell_trouble(explorer.blocks)),
     )
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import RandomSampler
 from robustloader import OptionError, compare, tune
 from robustloader.cli import main
 from tests.support.parity_data import random_state
-from tests.support.tuned import Clock, Drawing, NoCopy, Stream, Waiting, make_empty
+from tests.support.tuned import Clock, Drawing, NoCopy, Stream, Troubled, Waiting, make_empty
 
 NAME = "tests.support.tuned"
 
@@ -92,6 +92,20 @@ def test_a_slow_step_hides_the_data() -> None:
     """A batch is ready long before the trainer wants it, and the report says so."""
     report = quick(Drawing(), step_s=0.1, candidates=(0, 1))
     assert report.verdict == "data is not your bottleneck"
+
+
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+def test_faults_and_deaths_are_told() -> None:
+    """In words and in the rows: the figures are not those of a dataset that loads."""
+    report = quick(Troubled(), candidates=(0, 1), seconds=1)
+    deaths, faults = report.notes
+    assert deaths.startswith("workers died or hung ")
+    assert "(SIGKILL) with num_workers=1: " in deaths
+    assert " samples failed for good (OSError, poison): " in faults
+    told = {row["num_workers"]: row for row in json.loads(json.dumps(report.to_dict()))["rows"]}
+    assert told[0]["deaths"] == 0 < told[1]["deaths"]
+    assert told[0]["faults"] > 0
+    assert "Note: workers died" in str(report)
 
 
 def test_an_empty_dataset() -> None:

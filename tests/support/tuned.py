@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 
 class Drawing(Dataset):
@@ -86,6 +87,17 @@ class NoCopy(Waiting):
     def __init__(self) -> None:
         self.key = lambda: 1
         self.numbers = itertools.count()
+
+
+class Troubled(Drawing):
+    """Every twentieth sample is damaged; the fourth ends the worker that loads it."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 3 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index % 20 == 13:
+            raise OSError("no such photograph")
+        return super().__getitem__(index)
 
 
 class Chatty(Drawing):

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from robustloader.decisions.limits import Descriptors, Memory, Processes
-from robustloader.decisions.tuning import Block, Explorer, Model, advise, choose, plan_ceiling, plan_grid
+from robustloader.decisions.tuning import (
+    Block,
+    Explorer,
+    Model,
+    advise,
+    choose,
+    plan_ceiling,
+    plan_grid,
+    tell_trouble,
+)
 from robustloader.system import limits
 from robustloader.tuning import search as searching
 from robustloader.tuning.copying import copy_sharing_data
@@ -260,6 +269,21 @@ def test_the_report_is_json_and_a_table(tmp_path: Path) -> None:
     assert max(map(len, str(report).splitlines())) <= 100
     report.plot(tmp_path / "tune.png")
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_went_wrong_is_told() -> None:
+    """Counts of all turns, the numbers of workers that had deaths, and causes where they are known."""
+    quiet = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40)
+    faulty = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=39, faults=1, fault_causes=frozenset({"OSError"}))
+    died = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=1)
+    killed = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=2, death_causes=frozenset({"SIGBUS"}))
+    assert tell_trouble({0: [quiet], 2: [quiet, quiet]}) == []
+    assert tell_trouble({0: [quiet], 2: [quiet, faulty]})[0].startswith("1 of 120 samples failed for good (OSError): ")
+    assert tell_trouble({2: [died, quiet]})[0].startswith("workers died or hung once with num_workers=2: ")
+    both = tell_trouble({1: [quiet], 2: [quiet, died], 4: [killed]})
+    assert both[0].startswith("workers died or hung 3 times (SIGBUS) with num_workers=2, 4: ")
+    found = advise({2: [faulty, killed]}, model=None, step_s=0, ceiling=None)
+    assert (found.rows[0].faults, found.rows[0].deaths) == (1, 2)
 
 
 def test_nothing_measured_is_no_advice() -> None:
