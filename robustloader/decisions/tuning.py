@@ -287,7 +287,7 @@ def choose(rates: dict[int, float]) -> int:
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 
-Verdict = Literal["data is the bottleneck", "data is not your bottleneck", "as fast as possible"]
+Verdict = Literal["data is the bottleneck", "data is not your bottleneck", "as fast as possible", "unfinished"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,11 +331,21 @@ class Advice:
     reason: str
 
 
-def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float, ceiling: Ceiling | None) -> Advice:
+def advise(
+    blocks: dict[int, list[Block]],
+    *,
+    model: Model | None,
+    step_s: float,
+    ceiling: Ceiling | None,
+    untried: int | None = None,
+) -> Advice:
     """The recommendation that follows from what was measured.
 
     What was measured above the ceiling (it may have come down meanwhile, as workers proved large) stays in the rows and
     is not recommended; where all of it is above, the ceiling itself is.
+
+    ``untried`` is the number that the model expects to be best, where it had no turn: if it promises more than the best
+    of what was measured, the answer is unfinished, and says so.
 
     Raises:
         ValueError: nothing was measured.
@@ -376,6 +386,14 @@ def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float
     if step_s:
         enough = chosen.wait_fraction <= KNEE_GAIN
         verdict = "data is not your bottleneck" if enough else "data is the bottleneck"
+    if untried is not None and model is not None and verdict != "data is not your bottleneck":
+        more = model.batch_s(best) / model.batch_s(untried)
+        if more > 1 + KNEE_GAIN:
+            reason = (
+                f"It is the best of those that had their turn. num_workers={untried} had none, and of that the model "
+                f"expects {more:.3g} × the throughput: give the search more time (seconds)."
+            )
+            return Advice(rows=tuple(rows), best=best, verdict="unfinished", reason=reason)
     reason = _reason(allowed, chosen, verdict, step_s, ceiling)
     if ceiling is not None and len(allowed) < len(rows) and ceiling.reason not in reason:
         reason += f" More than {ceiling.workers} do not fit: {ceiling.reason}."

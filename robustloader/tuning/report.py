@@ -23,7 +23,8 @@ class TuningReport:
     Attributes:
         best: the recommended ``num_workers``.
         rows: one :class:`~robustloader.decisions.tuning.Row` per measured number, ascending.
-        verdict: "data is not your bottleneck", "data is the bottleneck", or "as fast as possible" (no ``step_s``).
+        verdict: "data is not your bottleneck", "data is the bottleneck", "as fast as possible" (no ``step_s``), or
+            "unfinished": the search was cut short before the number that promises most had its turn.
         reason: why this number, in words.
         complete: False after Ctrl-C, or where the time did not suffice for every candidate.
         batch_size: samples in a batch, at most an epoch's; None where the dataset makes its own batches.

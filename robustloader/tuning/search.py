@@ -62,8 +62,7 @@ def tune(
 
     Args:
         dataset: map-style or iterable.
-        batch_size: as for the loader; None for a dataset that makes its own batches. More than an epoch has means all of
-            it.
+        batch_size: as for the loader; None for a dataset that makes its own batches. At most an epoch is measured.
         candidates: numbers of workers to measure, those within the limits of this machine; None chooses among these.
         seconds: how long it may take, about; a dataset with slow batches takes longer.
         step_s: what the trainer does with a batch, in seconds; 0 takes batches as fast as they come.
@@ -129,31 +128,30 @@ def search(
         KeyboardInterrupt: before there was anything to report.
     """
     deadline = clock() + seconds
-    probe = bench.probe(min(2.0, seconds / 10))
-    cpus, ranks = limits.usable_cpus(), limits.local_world_size()
-    share = max(1, cpus // ranks)
-    model = Model(load_s=probe.load_s, cpu_s=probe.cpu_s, cross_s=probe.cross_s, cpus=share, step_s=step_s)
-    ceiling = _ceiling(probe, cpus, ranks, prefetch_factor, worker_bytes=0)
-    notes = list(bench.notes)
-    grid = candidates or plan_grid(ceiling.workers)
-    if not probe.in_process:
-        notes.append(
-            "loading in the training process (num_workers=0) was not measured, since the dataset cannot be copied, and "
-            f"the original is not to be touched ({bench.why_no_copy})"
-        )
-        grid = tuple(number for number in grid if number)
-    allowed = tuple(number for number in grid if number <= ceiling.workers)
-    if allowed != grid or not (allowed or candidates):
-        notes.append(f"more than {ceiling.workers} workers were left out: {ceiling.reason}")
-    if not allowed:
-        raise _nothing_measured(notes)
-    explorer = Explorer(allowed, None if candidates else model)
-    first = len(allowed) if candidates else min(4, len(allowed))
-    block_s = max(
-        LEAST_BLOCK_S, 0.6 * (deadline - clock()) / (ROUNDS * first), 4 * model.batch_s(max(allowed))
-    )
-    complete, largest = True, 0
     with show() if show else contextlib.nullcontext(_silent) as tell:
+        tell("one process")
+        probe = bench.probe(min(2.0, seconds / 10))
+        cpus, ranks = limits.usable_cpus(), limits.local_world_size()
+        share = max(1, cpus // ranks)
+        model = Model(load_s=probe.load_s, cpu_s=probe.cpu_s, cross_s=probe.cross_s, cpus=share, step_s=step_s)
+        ceiling = _ceiling(probe, cpus, ranks, prefetch_factor, worker_bytes=0)
+        notes = list(bench.notes)
+        grid = candidates or plan_grid(ceiling.workers)
+        if not probe.in_process:
+            notes.append(
+                "loading in the training process (num_workers=0) was not measured, since the dataset cannot be copied, "
+                f"and the original is not to be touched ({bench.why_no_copy})"
+            )
+            grid = tuple(number for number in grid if number)
+        allowed = tuple(number for number in grid if number <= ceiling.workers)
+        if allowed != grid or not (allowed or candidates):
+            notes.append(f"more than {ceiling.workers} workers were left out: {ceiling.reason}")
+        if not allowed:
+            raise _nothing_measured(notes)
+        explorer = Explorer(allowed, None if candidates else model)
+        first = len(allowed) if candidates else min(4, len(allowed))
+        block_s = max(LEAST_BLOCK_S, 0.6 * (deadline - clock()) / (ROUNDS * first), 4 * model.batch_s(max(allowed)))
+        complete, largest = True, 0
         try:
             while (workers := explorer.next()) is not None:
                 if clock() >= deadline and explorer.blocks:
@@ -176,7 +174,9 @@ def search(
             complete = False
     if not explorer.blocks:
         raise _nothing_measured(notes)
-    found = advise(explorer.blocks, model=model, step_s=step_s, ceiling=ceiling)
+    expected = model.knee(explorer.grid) if explorer.grid and not complete else None
+    untried = expected if expected not in explorer.blocks else None
+    found = advise(explorer.blocks, model=model, step_s=step_s, ceiling=ceiling, untried=untried)
     return TuningReport(
         best=found.best,
         rows=found.rows,

@@ -192,9 +192,7 @@ def test_a_dataset_that_prints(words: tuple[str, ...]) -> None:
         assert line in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("closed", "dataset"), [(">&-", "Drawing"), ("2>&-", "make_chatty"), (">&- 2>&-", "Drawing")]
-)
+@pytest.mark.parametrize(("closed", "dataset"), [(">&-", "Drawing"), ("2>&-", "make_chatty"), (">&- 2>&-", "Drawing")])
 def test_closed_outputs(closed: str, dataset: str) -> None:
     """A command works without them, and puts nothing where it does not belong."""
     words = f"{sys.executable} -m robustloader compare {NAME}:{dataset} --batches 1 --json {closed}"

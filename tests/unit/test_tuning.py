@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -154,6 +155,48 @@ def test_ctrl_c_gives_the_result_so_far() -> None:
         fake.search()
 
 
+def test_a_search_cut_short_does_not_pretend() -> None:
+    """What the model expects of a number that had no turn is said; where it promises nothing, the answer stands."""
+    fake = Fake(lambda n: 0.25 * max(n, 1), load_s=4.0, cpu_s=4.0)
+    report = fake.search(seconds=0.5)
+    assert fake.turns == [0]
+    assert (report.best, report.verdict, report.complete) == (0, "unfinished", False)
+    assert "num_workers=16 had none, and of that the model expects 16 × the throughput" in report.reason
+    assert "largest number" not in str(report)
+    # A step of a minute hides it all: nothing else is worth a turn.
+    report = Fake(lambda n: 1 / 61, load_s=4.0, cpu_s=4.0).search(seconds=0.5, step_s=60)
+    assert report.verdict != "unfinished"
+    # Given candidates, of which the best has had its turn.
+    fake = Fake(lambda n: 0.25 * max(n, 1), load_s=4.0, cpu_s=4.0)
+    fake.stop_after = 1
+    report = fake.search(candidates=(1, 2))
+    assert (report.best, report.verdict) == (1, "unfinished")
+    assert "num_workers=2 had none" in report.reason
+
+
+def test_progress_begins_with_the_probe() -> None:
+    """Loading in one process may take the longest of all; Ctrl-C in it leaves nothing to report."""
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def show() -> Any:
+        told.append("opened")
+        yield told.append
+        told.append("closed")
+
+    class Interrupted(Fake):
+        def probe(self, seconds: float) -> Probe:
+            assert told == ["opened", "one process"]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(lambda n: 1.0).search(show=show)
+    told.clear()
+    Fake(lambda n: 1.0).search(show=show, candidates=(1,))
+    assert told[:3] == ["opened", "one process", "num_workers=1"]
+    assert told[-1] == "closed"
+
+
 def test_a_measured_worker_that_is_large_lowers_the_ceiling() -> None:
     """Workers of 20 GiB each: four fit into 90 % of 100 GiB."""
     fake = Fake(lambda n: 10.0 * max(n, 1), worker_bytes=20 * GIB)
@@ -222,7 +265,7 @@ def test_candidates_above_the_ceiling_are_left_out() -> None:
 def test_nothing_within_the_limits(monkeypatch: pytest.MonkeyPatch, in_process: bool) -> None:
     """The error says why nothing was measured."""
     fake = Fake(lambda n: 10.0, in_process=in_process)
-    with pytest.raises(ValueError, match="nothing was measured: .*more than 16 workers were left out: 16 processors"):
+    with pytest.raises(ValueError, match=r"nothing was measured: .*more than 16 workers were left out: 16 processors"):
         fake.search(candidates=(17, 99))
     monkeypatch.setattr(limits, "read_processes", lambda: Processes(free=0, limit="pids.max"))
     if not in_process:
@@ -274,9 +317,13 @@ def test_the_report_is_json_and_a_table(tmp_path: Path) -> None:
 def test_what_went_wrong_is_told() -> None:
     """Counts of all turns, the numbers of workers that had deaths, and causes where they are known."""
     quiet = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40)
-    faulty = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=39, faults=1, fault_causes=frozenset({"OSError"}))
+    faulty = Block(
+        batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=39, faults=1, fault_causes=frozenset({"OSError"})
+    )
     died = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=1)
-    killed = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=2, death_causes=frozenset({"SIGBUS"}))
+    killed = Block(
+        batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=2, death_causes=frozenset({"SIGBUS"})
+    )
     assert tell_trouble({0: [quiet], 2: [quiet, quiet]}) == []
     assert tell_trouble({0: [quiet], 2: [quiet, faulty]})[0].startswith("1 of 120 samples failed for good (OSError): ")
     assert tell_trouble({2: [died, quiet]})[0].startswith("workers died or hung once with num_workers=2: ")
