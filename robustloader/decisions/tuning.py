@@ -32,6 +32,7 @@ __all__ = [
     "Row",
     "Verdict",
     "advise",
+    "duration",
     "plan_ceiling",
     "plan_grid",
     "tell_trouble",
@@ -151,7 +152,7 @@ def plan_ceiling(
     share = max(1, cpus // max(1, ranks))
     busy = min(1.0, max(cpu_s / load_s if load_s > 0 else 1.0, 1 / OVERSUBSCRIPTION))
     workers = max(share, math.floor(share / busy))
-    reason = f"{share} processors for this rank"
+    reason = f"{_count(share, 'processor')} for this rank"
     if workers > share:
         reason += f", and each worker waits at least {1 - busy:.0%} of its time"
     start = plan_start(workers, descriptors, processes)
@@ -430,6 +431,17 @@ def _times(number: int) -> str:
     return "once" if number == 1 else f"{number:,} times"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """For people: three digits, milliseconds below one second."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
 def _unit_rate(blocks: dict[int, list[Block]], model: Model | None) -> float:
     """Batches per second of one process that does nothing else."""
     if model is not None and model.load_s > 0:
@@ -444,7 +456,7 @@ def _reason(rows: list[Row], chosen: Row, verdict: Verdict, step_s: float, ceili
     if verdict == "data is not your bottleneck":
         words.append(
             f"Data is not your bottleneck: with num_workers={chosen.num_workers} a loop with steps of "
-            f"{step_s * 1e3:.3g} ms waits {chosen.wait_fraction:.1%} of its time."
+            f"{duration(step_s)} waits {chosen.wait_fraction:.1%} of its time."
         )
     elif verdict == "data is the bottleneck":
         words.append(
@@ -453,13 +465,13 @@ def _reason(rows: list[Row], chosen: Row, verdict: Verdict, step_s: float, ceili
         )
     else:
         words.append(
-            f"A training step longer than {1e3 / chosen.batches_per_s:.3g} ms a batch would not wait for "
+            f"A training step longer than {duration(1 / chosen.batches_per_s)} a batch would not wait for "
             f"num_workers={chosen.num_workers}."
         )
     if fastest is not chosen:
         words.append(
-            f"{fastest.num_workers} workers were {fastest.batches_per_s / chosen.batches_per_s - 1:.1%} faster, less "
-            f"than the {KNEE_GAIN:.0%} that more workers must bring."
+            f"num_workers={fastest.num_workers} was {fastest.batches_per_s / chosen.batches_per_s - 1:.1%} faster, "
+            f"less than the {KNEE_GAIN:.0%} that more workers must bring."
         )
     elif chosen is rows[-1]:
         cause = f": {ceiling.reason}" if ceiling and ceiling.workers <= chosen.num_workers else " of those measured"

@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from robustloader.decisions.tuning import Row, Verdict
+from robustloader.decisions.tuning import Row, Verdict, duration
 
 __all__ = ["TuningReport"]
 
@@ -59,8 +59,8 @@ class TuningReport:
     def __str__(self) -> str:
         """A table of at most 100 columns, and the recommendation below it."""
         lines = [
-            f"one batch: {_ms(self.load_s)} to load, {_ms(self.cpu_s)} of that on a processor; "
-            f"{_ms(self.cross_s)} to cross; {self.batch_bytes / 2**20:.3g} MiB",
+            f"one batch: {duration(self.load_s)} to load, {duration(self.cpu_s)} of that on a processor; "
+            f"{duration(self.cross_s)} to cross; {self.batch_bytes / 2**20:.3g} MiB",
             "",
             f"{'workers':>7}  {'batches/s':>11}  {'range':>17}  {'gain':>7}  {'ideal':>11}  {'first batch':>11}  "
             f"{'waiting':>7}",
@@ -72,7 +72,7 @@ class TuningReport:
             mark = "  <-" if row.num_workers == self.best else ""
             lines.append(
                 f"{row.num_workers:>7}  {_number(row.batches_per_s):>11}  {spread:>17}  {gain:>7}  "
-                f"{_number(row.ideal_batches_per_s):>11}  {_ms(row.first_batch_s):>11}  {waiting:>7}{mark}"
+                f"{_number(row.ideal_batches_per_s):>11}  {duration(row.first_batch_s):>11}  {waiting:>7}{mark}"
             )
         lines += ["", f"num_workers={self.best}: {self.verdict}"]
         lines += textwrap.wrap(self.reason, _WIDTH)
@@ -128,8 +128,4 @@ class TuningReport:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

@@ -145,7 +145,8 @@ def search(
             grid = tuple(number for number in grid if number)
         allowed = tuple(number for number in grid if number <= ceiling.workers)
         if allowed != grid or not (allowed or candidates):
-            notes.append(f"more than {ceiling.workers} workers were left out: {ceiling.reason}")
+            top = "1 worker was" if ceiling.workers == 1 else f"{ceiling.workers} workers were"
+            notes.append(f"more than {top} left out: {ceiling.reason}")
         if not allowed:
             raise _nothing_measured(notes)
         explorer = Explorer(allowed, None if candidates else model)

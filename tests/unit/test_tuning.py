@@ -20,6 +20,7 @@ from robustloader.decisions.tuning import (
     Model,
     advise,
     choose,
+    duration,
     plan_ceiling,
     plan_grid,
     tell_trouble,
@@ -274,6 +275,15 @@ def test_nothing_within_the_limits(monkeypatch: pytest.MonkeyPatch, in_process: 
     assert not fake.turns
 
 
+def test_one_is_not_a_plural(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with one processor."""
+    monkeypatch.setattr(limits, "usable_cpus", lambda: 1)
+    report = Fake(lambda n: 1000 + n).search(candidates=(0, 1, 4))
+    assert report.notes == ("more than 1 worker was left out: 1 processor for this rank",)
+    assert "num_workers=1 was 0.1% faster" in report.reason
+    assert "1e+03" not in str(Fake(lambda n: 999.7).search(candidates=(0,)))
+
+
 def test_without_a_copy_the_original_is_left_alone() -> None:
     """Nothing is loaded in this process then."""
     fake = Fake(lambda n: 10.0 * max(n, 1), in_process=False)
@@ -291,6 +301,21 @@ def test_data_is_not_the_bottleneck() -> None:
     assert report.verdict == "data is not your bottleneck"
     assert report.best == 1
     assert "Data is not your bottleneck: with num_workers=1" in report.reason
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.00217, "2.17 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (4.0, "4 s"), (999.6, "1,000 s"), (1234.5, "1,234 s")],
+)
+def test_durations_are_written_for_people(seconds: float, told: str) -> None:
+    """Without exponents, wherever they stand."""
+    assert duration(seconds) == told
+    rate = 1 / seconds
+    found = advise({1: [Block(batches=1, elapsed_s=seconds, first_batch_s=0.1)]}, model=None, step_s=0, ceiling=None)
+    assert f"longer than {duration(1 / rate)} a batch" in found.reason
+    fast = {1: [Block(batches=1, elapsed_s=seconds, first_batch_s=0.1)]}
+    found = advise(fast, model=None, step_s=seconds, ceiling=None)
+    assert f"with steps of {told} waits" in found.reason
 
 
 def test_data_is_the_bottleneck() -> None:
@@ -375,7 +400,7 @@ def ceiling(**facts: Any) -> Any:
     [
         ({}, 8, "8 processors"),
         ({"ranks": 4}, 2, "2 processors"),
-        ({"ranks": 99}, 1, "1 processors"),
+        ({"ranks": 99}, 1, "1 processor for"),
         ({"cpu_s": 0.05}, 16, "waits at least 50%"),
         ({"cpu_s": 0.0}, 32, "waits at least 75%"),
         ({"batch_bytes": GIB}, 2, "memory"),
