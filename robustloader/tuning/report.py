@@ -11,7 +11,7 @@ from typing import Any
 
 from robustloader.decisions.tuning import Row, Verdict, duration
 
-__all__ = ["TuningReport"]
+__all__ = ["TuningReport", "check_plot"]
 
 _WIDTH = 100
 
@@ -125,6 +125,32 @@ class TuningReport:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", alpha=0.3)
         figure.savefig(path)
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise what :meth:`TuningReport.plot` would, as far as it can be known before there is anything to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the suffix is of no format that it writes.
+        OSError: the file cannot be written. One that is there already is not changed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    suffix = os.path.splitext(path)[1].removeprefix(".").lower()
+    if suffix and suffix not in known:
+        raise ValueError(
+            f"{os.fspath(path)!r} has a suffix of no format that is known: one of {', '.join(sorted(known))}"
+        )
+    file = os.fspath(path) if suffix else f"{os.fspath(path)}.{FigureCanvasAgg.get_default_filetype()}"
+    there = os.path.lexists(file)
+    if there and not os.path.isfile(file) and not os.path.isdir(file):
+        return  # a device, or a pipe, which only its reader can open
+    with open(file, "ab"):
+        pass
+    if not there:
+        os.remove(file)
 
 
 def _number(value: float) -> str:

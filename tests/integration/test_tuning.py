@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch.utils.data import RandomSampler
 
 from robustloader import OptionError, compare, tune
 from robustloader.cli import main
+from robustloader.tuning.report import check_plot
 from tests.support.parity_data import random_state
 from tests.support.tuned import Clock, Drawing, NoCopy, Stream, Troubled, Waiting, make_empty
 
@@ -158,6 +160,28 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     told = json.loads(capsys.readouterr().out)
     assert [row["num_workers"] for row in told["rows"]] == [0, 1]
     assert plot.read_text().rstrip().endswith("</svg>")
+
+
+@pytest.mark.parametrize("name", ["curve.nonsense", "missing/curve.png", "missing/curve"])
+def test_a_plot_that_cannot_be_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    """It is said before anything is measured; the dataset is not even made."""
+    pytest.importorskip("matplotlib")
+    assert main(["tune", "nowhere:make", "--plot", str(tmp_path / name)]) == 1
+    assert "no plot: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_that_can_be_drawn(tmp_path: Path) -> None:
+    """Looking leaves no trace: not of a new file, not in one that is there, and it waits for no reader of a pipe."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "there.svg").write_text("kept")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "curve").mkdir()  # a name without a suffix becomes curve.png
+    before = sorted(tmp_path.iterdir())
+    for name in ("new.PDF", "there.svg", "pipe.png", "curve"):
+        check_plot(tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "there.svg").read_text() == "kept"
 
 
 @pytest.mark.parametrize("command", ["tune", "compare"])
