@@ -8,7 +8,7 @@ from typing import Any
 
 from robustloader import compare
 from robustloader.cli.datasets import load_dataset
-from robustloader.cli.ending import others_prints_to_stderr, tell, users_errors
+from robustloader.cli.ending import others_prints_to_stderr, plain_warnings, tell, users_errors
 from robustloader.cli.numbers import count, count_or_0
 
 __all__ = ["add_parser", "run"]
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print, and tell: the exit status."""
-    with others_prints_to_stderr():
+    with others_prints_to_stderr(), plain_warnings():
         dataset = load_dataset(options.dataset)
         with users_errors():
             found = compare(

@@ -7,12 +7,22 @@ import ctypes
 import fcntl
 import os
 import sys
+import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
-from robustloader.errors import OptionError
+from robustloader.errors import OptionError, RobustLoaderWarning
 from robustloader.telemetry.units import as_line
 
-__all__ = ["CommandError", "OutputError", "delivering", "others_prints_to_stderr", "tell", "users_errors"]
+__all__ = [
+    "CommandError",
+    "OutputError",
+    "delivering",
+    "others_prints_to_stderr",
+    "plain_warnings",
+    "tell",
+    "users_errors",
+]
 
 
 class CommandError(Exception):
@@ -96,6 +106,31 @@ def others_prints_to_stderr() -> Iterator[None]:
         ctypes.CDLL(None).fflush(None)
         os.dup2(own, 1)
         os.close(own)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Our own warnings inside are lines on standard error, without the place: no line there is the user's."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, RobustLoaderWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 @contextlib.contextmanager

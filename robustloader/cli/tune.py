@@ -10,7 +10,7 @@ from typing import Any
 
 from robustloader import tune
 from robustloader.cli.datasets import load_dataset
-from robustloader.cli.ending import CommandError, others_prints_to_stderr, tell, users_errors
+from robustloader.cli.ending import CommandError, others_prints_to_stderr, plain_warnings, tell, users_errors
 from robustloader.cli.numbers import count, counts, seconds_above_0, seconds_at_least_0
 from robustloader.tuning.report import check_plot
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         with _no_plot():  # before the search, which takes its time
             check_plot(options.plot)
-    with others_prints_to_stderr():
+    with others_prints_to_stderr(), plain_warnings():
         dataset = load_dataset(options.dataset)
         with users_errors():
             report = tune(

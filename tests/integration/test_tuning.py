@@ -216,6 +216,24 @@ def test_a_dataset_that_prints(words: tuple[str, ...]) -> None:
         assert line in ended.stderr
 
 
+def test_warnings_have_no_place_in_the_interpreter() -> None:
+    """No line of the user's calls the loader: the text alone is told."""
+    command = [
+        sys.executable,
+        "-m",
+        "robustloader",
+        "tune",
+        f"{NAME}:Troubled",
+        "--candidates",
+        "0",
+        "--seconds",
+        "0.3",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert "warning: sample 13 was replaced: OSError: no such photograph" in ended.stderr
+    assert "runpy" not in ended.stderr
+
+
 @pytest.mark.parametrize(("closed", "dataset"), [(">&-", "Drawing"), ("2>&-", "make_chatty"), (">&- 2>&-", "Drawing")])
 def test_closed_outputs(closed: str, dataset: str) -> None:
     """A command works without them, and puts nothing where it does not belong."""
