@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,11 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from robustloader import OptionError, compare, tune
+from robustloader import OptionError, ResourceError, compare, tune
 from robustloader.cli import main
 from robustloader.tuning.report import check_plot
 from tests.support.parity_data import random_state
-from tests.support.tuned import Clock, Drawing, NoCopy, Stream, Troubled, Waiting, make_empty
+from tests.support.tuned import Clock, Drawing, NoCopy, Says, Stream, Troubled, Waiting, make_empty
 
 NAME = "tests.support.tuned"
 
@@ -296,3 +297,38 @@ def test_the_compare_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["identical"] is True
     assert main(["compare", f"{NAME}:Clock", "--batch-size", "4", "--num-workers", "0"]) == 1
     assert "batch['image'][1][1, 1]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "torch_says",
+    [
+        "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)",
+        "Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_shared_memory_is_torchs_trouble(torch_says: str) -> None:
+    """The error says whose it is and what to do; another one stays what it was."""
+    with pytest.raises(
+        ResourceError, match=r"torch's loader has run out of shared memory: .*/dev/shm.*To compare"
+    ) as told:
+        compare(Says(torch_says), num_workers=0)
+    assert told.value.remedy
+    assert torch_says in str(told.value.__cause__)
+    with pytest.raises(RuntimeError, match="another") as other:
+        compare(Says("another"), num_workers=0)
+    assert not isinstance(other.value, ResourceError)
+
+
+def test_a_small_dev_shm() -> None:
+    """The command says so in one line, with status 1."""
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", mount, "sh")
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("needs root, and unshare(1) to mount a small /dev/shm")
+    command = [*prefix, sys.executable, "-m", "robustloader", "compare", f"{NAME}:Large"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert "torch's loader has run out of shared memory" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr

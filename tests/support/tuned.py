@@ -100,6 +100,24 @@ class Troubled(Drawing):
         return super().__getitem__(index)
 
 
+class Says(Drawing):
+    """Every sample raises what it was given."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        raise RuntimeError(self.text)
+
+
+class Large(Drawing):
+    """Samples of 4 MB."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.zeros(1000, 1000)
+
+
 class Chatty(Drawing):
     """Prints: the module that makes it, and each sample, through Python and through the descriptor."""
 
