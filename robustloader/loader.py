@@ -109,6 +109,8 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
     ) -> None:
         if isinstance(num_workers, AutoWorkers) or num_workers == "auto":
             num_workers = AutoWorkers.resolve(host.usable_cpus(), os.environ.get("LOCAL_WORLD_SIZE"))
+        if isinstance(num_workers, str) and num_workers.strip().lower() == "auto":  # other words are torch's business
+            raise OptionError("num_workers", num_workers, 'a number, or "auto"')
         super().__init__(
             dataset,
             batch_size,

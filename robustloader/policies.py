@@ -93,8 +93,8 @@ class Retry:
     Args:
         stop: a tenacity stop strategy; ``stop_after_attempt(3)`` is the first attempt and two more. It must end:
             ``tenacity.stop_never`` is refused.
-        wait: a tenacity wait strategy, in seconds. The default starts at 0.05 s, doubles, adds up to 0.1 s of jitter
-            and stays below 2 s, so that a sample costs about as much as a slow batch, never a stalled run.
+        wait: a tenacity wait strategy, in seconds. The default starts at 0.05 s, doubles up to 2 s, and adds up to
+            0.1 s of jitter, so that a sample costs about as much as a slow batch, never a stalled run.
         on: exception types worth a retry. The default is what a network or a busy file system raises in passing:
             ``ConnectionError``, ``TimeoutError``, ``InterruptedError``, ``BlockingIOError``. An ``OSError`` that says
             the machine has run out of something (EMFILE, ENFILE, ENOSPC, EDQUOT, ENOMEM) is retried whatever stands

@@ -8,7 +8,7 @@ from typing import Any
 
 from robustloader import compare
 from robustloader.cli.datasets import load_dataset
-from robustloader.cli.ending import tell, users_errors
+from robustloader.cli.ending import others_prints_to_stderr, plain_warnings, tell, users_errors
 from robustloader.cli.numbers import count, count_or_0
 
 __all__ = ["add_parser", "run"]
@@ -34,14 +34,15 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print, and tell: the exit status."""
-    dataset = load_dataset(options.dataset)
-    with users_errors():
-        found = compare(
-            dataset,
-            batches=options.batches,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            shuffle=options.shuffle or None,
-        )
+    with others_prints_to_stderr(), plain_warnings():
+        dataset = load_dataset(options.dataset)
+        with users_errors():
+            found = compare(
+                dataset,
+                batches=options.batches,
+                batch_size=options.batch_size,
+                num_workers=options.num_workers,
+                shuffle=options.shuffle or None,
+            )
     tell(json.dumps(found.to_dict(), indent=2) if options.json else found)
     return 0 if found.identical else 1

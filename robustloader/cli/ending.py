@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import os
 import sys
+import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
-from robustloader.errors import OptionError
+from robustloader.errors import OptionError, RobustLoaderWarning
 from robustloader.telemetry.units import as_line
 
-__all__ = ["CommandError", "OutputError", "delivering", "tell", "users_errors"]
+__all__ = [
+    "CommandError",
+    "OutputError",
+    "delivering",
+    "others_prints_to_stderr",
+    "plain_warnings",
+    "tell",
+    "users_errors",
+]
 
 
 class CommandError(Exception):
@@ -58,6 +71,66 @@ def tell(text: object) -> None:
             print(text)
         except UnicodeEncodeError as error:
             print(str(text).encode(error.encoding, "replace").decode(error.encoding))
+
+
+@contextlib.contextmanager
+def others_prints_to_stderr() -> Iterator[None]:
+    """What is printed inside goes to standard error: standard output is for the command's own result.
+
+    Print as they may: this process through ``sys.stdout``, a C library through its descriptor, workers through either,
+    whichever way they are started.
+
+    Raises:
+        OutputError: what stands in the buffer already cannot be written.
+    """
+    with delivering():
+        python = sys.stdout
+    try:
+        own = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)  # 3: where standard error is closed, its number stays free
+    except OSError:  # closed from the start
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        try:
+            os.dup2(2, 1)
+        except OSError:  # standard error is closed
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+        with contextlib.redirect_stdout(sys.stderr or python):
+            yield
+    finally:
+        if python is not None:  # held by somebody, such as a handler of logging
+            with contextlib.suppress(OSError, ValueError):
+                python.flush()
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(own, 1)
+        os.close(own)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Our own warnings inside are lines on standard error, without the place: no line there is the user's."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, RobustLoaderWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 @contextlib.contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from robustloader import tune
 from robustloader.cli.datasets import load_dataset
-from robustloader.cli.ending import CommandError, tell, users_errors
+from robustloader.cli.ending import CommandError, others_prints_to_stderr, plain_warnings, tell, users_errors
 from robustloader.cli.numbers import count, counts, seconds_above_0, seconds_at_least_0
+from robustloader.tuning.report import check_plot
 
 __all__ = ["add_parser", "run"]
 
@@ -41,21 +44,31 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and tell: the exit status."""
-    dataset = load_dataset(options.dataset)
-    with users_errors():
-        report = tune(
-            dataset,
-            batch_size=options.batch_size,
-            candidates=options.candidates,
-            seconds=options.seconds,
-            step_s=options.step_s,
-            prefetch_factor=options.prefetch_factor,
-            shuffle=options.shuffle,
-        )
+    if options.plot:
+        with _no_plot():  # before the search, which takes its time
+            check_plot(options.plot)
+    with others_prints_to_stderr(), plain_warnings():
+        dataset = load_dataset(options.dataset)
+        with users_errors():
+            report = tune(
+                dataset,
+                batch_size=options.batch_size,
+                candidates=options.candidates,
+                seconds=options.seconds,
+                step_s=options.step_s,
+                prefetch_factor=options.prefetch_factor,
+                shuffle=options.shuffle,
+            )
     tell(json.dumps(report.to_dict(), indent=2) if options.json else report)
     if options.plot:
-        try:
+        with _no_plot():
             report.plot(options.plot)
-        except (ImportError, OSError, ValueError) as error:
-            raise CommandError(f"no plot: {error}", status=1) from error
     return 0
+
+
+@contextlib.contextmanager
+def _no_plot() -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        raise CommandError(f"no plot: {error}", status=1) from error

@@ -32,8 +32,10 @@ __all__ = [
     "Row",
     "Verdict",
     "advise",
+    "duration",
     "plan_ceiling",
     "plan_grid",
+    "tell_trouble",
 ]
 
 KNEE_GAIN = 0.05
@@ -62,12 +64,21 @@ class Block:
         elapsed_s: for these.
         first_batch_s: from ``iter()`` to the first batch.
         worker_bytes: what the largest worker held for itself; 0 where unknown.
+        samples: that were delivered, those of the warm-up included.
+        faults: samples that failed for good meanwhile.
+        deaths: crashes and hangs of workers meanwhile.
+        fault_causes, death_causes: names of exception types, and of signals, as far as they are known.
     """
 
     batches: int
     elapsed_s: float
     first_batch_s: float
     worker_bytes: int = 0
+    samples: int = 0
+    faults: int = 0
+    deaths: int = 0
+    fault_causes: frozenset[str] = frozenset()
+    death_causes: frozenset[str] = frozenset()
 
     @property
     def rate(self) -> float:
@@ -141,7 +152,7 @@ def plan_ceiling(
     share = max(1, cpus // max(1, ranks))
     busy = min(1.0, max(cpu_s / load_s if load_s > 0 else 1.0, 1 / OVERSUBSCRIPTION))
     workers = max(share, math.floor(share / busy))
-    reason = f"{share} processors for this rank"
+    reason = f"{_count(share, 'processor')} for this rank"
     if workers > share:
         reason += f", and each worker waits at least {1 - busy:.0%} of its time"
     start = plan_start(workers, descriptors, processes)
@@ -277,7 +288,7 @@ def choose(rates: dict[int, float]) -> int:
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 
-Verdict = Literal["data is the bottleneck", "data is not your bottleneck", "as fast as possible"]
+Verdict = Literal["data is the bottleneck", "data is not your bottleneck", "as fast as possible", "unfinished"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +304,8 @@ class Row:
         model_batches_per_s: what the model expected; None without one.
         wait_fraction: share of the loop that waits for data; 1 where there is no step.
         rounds: how often it had its turn.
+        faults: samples that failed for good in these rounds.
+        deaths: crashes and hangs of workers in these rounds.
     """
 
     num_workers: int
@@ -305,6 +318,8 @@ class Row:
     model_batches_per_s: float | None
     wait_fraction: float
     rounds: int
+    faults: int = 0
+    deaths: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,11 +332,21 @@ class Advice:
     reason: str
 
 
-def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float, ceiling: Ceiling | None) -> Advice:
+def advise(
+    blocks: dict[int, list[Block]],
+    *,
+    model: Model | None,
+    step_s: float,
+    ceiling: Ceiling | None,
+    untried: int | None = None,
+) -> Advice:
     """The recommendation that follows from what was measured.
 
     What was measured above the ceiling (it may have come down meanwhile, as workers proved large) stays in the rows and
     is not recommended; where all of it is above, the ceiling itself is.
+
+    ``untried`` is the number that the model expects to be best, where it had no turn: if it promises more than the best
+    of what was measured, the answer is unfinished, and says so.
 
     Raises:
         ValueError: nothing was measured.
@@ -348,6 +373,8 @@ def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float
                 model_batches_per_s=1 / model.batch_s(workers) if model else None,
                 wait_fraction=min(1.0, max(0.0, 1 - rate * step_s)),
                 rounds=len(rates),
+                faults=sum(block.faults for block in blocks[workers]),
+                deaths=sum(block.deaths for block in blocks[workers]),
             )
         )
     allowed = [row for row in rows if ceiling is None or row.num_workers <= ceiling.workers]
@@ -360,10 +387,59 @@ def advise(blocks: dict[int, list[Block]], *, model: Model | None, step_s: float
     if step_s:
         enough = chosen.wait_fraction <= KNEE_GAIN
         verdict = "data is not your bottleneck" if enough else "data is the bottleneck"
+    if untried is not None and model is not None and verdict != "data is not your bottleneck":
+        more = model.batch_s(best) / model.batch_s(untried)
+        if more > 1 + KNEE_GAIN:
+            reason = (
+                f"It is the best of those that had their turn. num_workers={untried} had none, and of that the model "
+                f"expects {more:.3g} × the throughput: give the search more time (seconds)."
+            )
+            return Advice(rows=tuple(rows), best=best, verdict="unfinished", reason=reason)
     reason = _reason(allowed, chosen, verdict, step_s, ceiling)
     if ceiling is not None and len(allowed) < len(rows) and ceiling.reason not in reason:
         reason += f" More than {ceiling.workers} do not fit: {ceiling.reason}."
     return Advice(rows=tuple(rows), best=best, verdict=verdict, reason=reason)
+
+
+def tell_trouble(blocks: dict[int, list[Block]]) -> list[str]:
+    """Samples that failed and workers that died while it was measured: they cost time, which the rates hold."""
+    told = []
+    turns = [block for each in blocks.values() for block in each]
+    deaths, faults = sum(block.deaths for block in turns), sum(block.faults for block in turns)
+    if deaths:
+        where = ", ".join(str(n) for n in sorted(blocks) if any(block.deaths for block in blocks[n]))
+        causes = _causes(block.death_causes for block in turns)
+        told.append(
+            f"workers died or hung {_times(deaths)}{causes} with num_workers={where}: what is told of these numbers is "
+            "how fast workers are restarted, not how fast they load. Mend that first"
+        )
+    if faults:
+        samples = faults + sum(block.samples for block in turns)
+        told.append(
+            f"{faults:,} of {samples:,} samples failed for good{_causes(block.fault_causes for block in turns)}: what "
+            "they cost is part of what was measured"
+        )
+    return told
+
+
+def _causes(known: Iterable[frozenset[str]]) -> str:
+    names = sorted(frozenset().union(*known))
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number:,} times"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """For people: three digits, milliseconds below one second."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def _unit_rate(blocks: dict[int, list[Block]], model: Model | None) -> float:
@@ -380,7 +456,7 @@ def _reason(rows: list[Row], chosen: Row, verdict: Verdict, step_s: float, ceili
     if verdict == "data is not your bottleneck":
         words.append(
             f"Data is not your bottleneck: with num_workers={chosen.num_workers} a loop with steps of "
-            f"{step_s * 1e3:.3g} ms waits {chosen.wait_fraction:.1%} of its time."
+            f"{duration(step_s)} waits {chosen.wait_fraction:.1%} of its time."
         )
     elif verdict == "data is the bottleneck":
         words.append(
@@ -389,13 +465,13 @@ def _reason(rows: list[Row], chosen: Row, verdict: Verdict, step_s: float, ceili
         )
     else:
         words.append(
-            f"A training step longer than {1e3 / chosen.batches_per_s:.3g} ms a batch would not wait for "
+            f"A training step longer than {duration(1 / chosen.batches_per_s)} a batch would not wait for "
             f"num_workers={chosen.num_workers}."
         )
     if fastest is not chosen:
         words.append(
-            f"{fastest.num_workers} workers were {fastest.batches_per_s / chosen.batches_per_s - 1:.1%} faster, less "
-            f"than the {KNEE_GAIN:.0%} that more workers must bring."
+            f"num_workers={fastest.num_workers} was {fastest.batches_per_s / chosen.batches_per_s - 1:.1%} faster, "
+            f"less than the {KNEE_GAIN:.0%} that more workers must bring."
         )
     elif chosen is rows[-1]:
         cause = f": {ceiling.reason}" if ceiling and ceiling.workers <= chosen.num_workers else " of those measured"

@@ -16,5 +16,5 @@ class AutoWorkers(int):
             usable_cpus: processors by affinity and quota.
             local_world_size: the environment's ``LOCAL_WORLD_SIZE``, as torchrun sets it; anything else means 1 rank.
         """
-        ranks = int(local_world_size) if local_world_size is not None and local_world_size.isdigit() else 1
+        ranks = int(local_world_size) if local_world_size is not None and local_world_size.isdecimal() else 1
         return cls(max(1, usable_cpus // max(1, ranks)))

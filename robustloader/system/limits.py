@@ -60,7 +60,7 @@ def usable_cpus(root: str = "/") -> int:
 def local_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Ranks that share this machine, as torchrun tells them (``LOCAL_WORLD_SIZE``); 1 where nobody does."""
     ranks = environment.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(ranks)) if ranks.isdigit() else 1
+    return max(1, int(ranks)) if ranks.isdecimal() else 1
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from robustloader.decisions.differences import Difference, find_difference
-from robustloader.errors import OptionError
+from robustloader.decisions.limits import gib, shm_remedy
+from robustloader.errors import OptionError, ResourceError
 from robustloader.loader import RobustDataLoader
 from robustloader.policies import TelemetryPolicy, check_number
-from robustloader.system import torch_private
+from robustloader.system import limits, torch_private
 from robustloader.tuning.copying import copy_sharing_data
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
 
@@ -104,6 +105,7 @@ def compare(dataset: Any, *, batches: int | None = None, **loader_kwargs: Any) -
     Raises:
         OptionError: an argument is wrong.
         ValueError: the dataset is empty.
+        ResourceError: torch's loader has too little shared memory (``/dev/shm``).
         Exception: whatever the dataset or the arguments raise, in torch's loader or in this one; or the dataset or a
             sampler cannot be copied and would have to be.
     """
@@ -146,7 +148,7 @@ class _Runs:
 
     def torchs(self, *, apart: bool) -> contextlib.closing[Any]:
         """Torch's batches; ``apart``: with global random streams of their own, so that two runs can take turns."""
-        return contextlib.closing(self._load(DataLoader, {}, apart=apart))
+        return contextlib.closing(_telling_of_shared_memory(self._load(DataLoader, {}, apart=apart)))
 
     def ours(self, *, apart: bool) -> contextlib.closing[Any]:
         """This loader's."""
@@ -176,6 +178,30 @@ class _Runs:
                     return
         finally:
             torch_private.end_iterator(iterator)
+
+
+_OUT_OF_SHARED_MEMORY = ("shared memory(shm)", "shared memory (shm)", "out of shared memory", "</torch_")
+"""In what torch says where ``/dev/shm`` is full. *Source*: ``aten/src/ATen/MapAllocator.cpp``,
+``torch/csrc/DataLoader.cpp`` and ``torch/utils/data/dataloader.py`` (torch 2.13)."""
+
+
+def _telling_of_shared_memory(batches: Iterator[Any]) -> Iterator[Any]:
+    """Torch's batches; where they do not fit into ``/dev/shm``, the error says whose they are and what to do."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OUT_OF_SHARED_MEMORY):
+            raise
+        shared = limits.read_shared_memory(look_for_stale=False)
+        size = "there is none" if shared is None else f"{gib(shared.size_bytes)} in all"
+        remedy = f"{shm_remedy(limits.container_kind())}; or compare with a smaller batch_size or fewer workers"
+        raise ResourceError(
+            f"torch's loader has run out of shared memory: its workers put their batches into /dev/shm ({size}), which "
+            f"this loader's do not. To compare the two, {remedy}",
+            wanted_bytes=0,
+            free_bytes=0 if shared is None else shared.free_bytes,
+            remedy=remedy,
+        ) from error
 
 
 def _copy_generator(generator: torch.Generator) -> torch.Generator:

@@ -90,17 +90,28 @@ class Workbench:
     """Loads from one dataset with any number of workers, a fresh loader for each block.
 
     *Runs in* the training process. Random streams are the caller's to preserve.
+
+    Attributes:
+        batch_size: samples in a batch, at most an epoch's; None where the dataset makes its own batches.
+        why_no_copy: what the dataset raised when it was copied; empty where there is a copy.
+        notes: what the reader of a report should know of how it is measured.
+
+    Raises:
+        ValueError: an epoch has no batch of that size, and shorter ones are dropped.
     """
 
     def __init__(self, dataset: Any, *, batch_size: int | None, step_s: float, loader_kwargs: dict[str, Any]) -> None:
         self._dataset = dataset
-        self._batch_size = batch_size
+        self.batch_size = batch_size
+        self.notes: list[str] = []
         self._step_s = step_s
         self._iterable = isinstance(dataset, IterableDataset)
         shuffle = bool(loader_kwargs.get("shuffle")) or loader_kwargs.get("sampler") is not None
         self._kwargs = without_side_effects(loader_kwargs)
         self._prefetch = self._kwargs.pop("prefetch_factor", None)
         self._walk = None if self._iterable else Walk(len(dataset), shuffle=shuffle)
+        if not self._iterable:
+            self._limit_batch(_epoch_samples(dataset, loader_kwargs.get("sampler")))
         self._copy: Any = None
         self.why_no_copy = ""
         try:
@@ -110,6 +121,17 @@ class Workbench:
         self._collate_copy = self._kwargs.get("collate_fn")
         with contextlib.suppress(Exception):  # a lambda: then it is the original
             self._collate_copy = copy_sharing_data(self._collate_copy)
+
+    def _limit_batch(self, samples: int) -> None:
+        """The walk has no end: a batch larger than an epoch would be one that no training ever gets."""
+        if self.batch_size is None or not 0 < samples < self.batch_size:
+            return
+        if self._kwargs.get("drop_last"):
+            raise ValueError(
+                f"an epoch has {samples:,} samples: with batch_size={self.batch_size} and drop_last there is no batch"
+            )
+        self.notes.append(f"an epoch is one batch of {samples:,} samples, fewer than batch_size={self.batch_size}")
+        self.batch_size = samples
 
     @property
     def can_load_in_process(self) -> bool:
@@ -167,7 +189,8 @@ class Workbench:
             goes_on: asked after each batch; False ends the block early.
         """
         begun = time.perf_counter()
-        batches = iter(self._loader(workers))
+        loader = self._loader(workers)
+        batches = iter(loader)
         with contextlib.closing(batches):
             if next(batches, None) is None:
                 return None
@@ -191,11 +214,23 @@ class Workbench:
                     if not goes_on():
                         break
             worker_bytes = _largest_worker(batches)
+            seen = loader.statistics()
         if not whole:
             whole, whole_s = counted, elapsed_s
         if not whole or whole_s <= 0:
             return None
-        return Block(batches=whole, elapsed_s=whole_s, first_batch_s=first_batch_s, worker_bytes=worker_bytes)
+        failed = [record for record in loader.fault_log if record.action != "retried"]
+        return Block(
+            batches=whole,
+            elapsed_s=whole_s,
+            first_batch_s=first_batch_s,
+            worker_bytes=worker_bytes,
+            samples=seen.samples,
+            faults=seen.faults + seen.quarantined,
+            deaths=seen.crashes + seen.hangs,
+            fault_causes=frozenset(record.error_type or record.kind for record in failed),
+            death_causes=frozenset(record.signal for record in failed if record.signal),
+        )
 
     def _step(self) -> None:
         if self._step_s:
@@ -214,7 +249,7 @@ class Workbench:
                 self._copy = copy_sharing_data(self._dataset)
         return RobustDataLoader(
             self._dataset if workers else self._copy,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             sampler=self._walk,
             num_workers=workers,
             generator=torch.Generator().manual_seed(0),
@@ -243,6 +278,14 @@ class Workbench:
                 next(batches)
                 count += 1
             return (time.perf_counter() - begun) / count
+
+
+def _epoch_samples(dataset: Any, sampler: Any) -> int:
+    """How many indices an epoch has: a sampler's, where it says so, else the dataset's."""
+    if sampler is not None:
+        with contextlib.suppress(TypeError, NotImplementedError):  # many samplers have no length
+            return len(sampler)
+    return len(dataset)
 
 
 def _first(batches: Any) -> Any:

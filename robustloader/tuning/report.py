@@ -9,9 +9,9 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from robustloader.decisions.tuning import Row, Verdict
+from robustloader.decisions.tuning import Row, Verdict, duration
 
-__all__ = ["TuningReport"]
+__all__ = ["TuningReport", "check_plot"]
 
 _WIDTH = 100
 
@@ -23,10 +23,11 @@ class TuningReport:
     Attributes:
         best: the recommended ``num_workers``.
         rows: one :class:`~robustloader.decisions.tuning.Row` per measured number, ascending.
-        verdict: "data is not your bottleneck", "data is the bottleneck", or "as fast as possible" (no ``step_s``).
+        verdict: "data is not your bottleneck", "data is the bottleneck", "as fast as possible" (no ``step_s``), or
+            "unfinished": the search was cut short before the number that promises most had its turn.
         reason: why this number, in words.
         complete: False after Ctrl-C, or where the time did not suffice for every candidate.
-        batch_size: samples in a batch; None where the dataset makes its own batches.
+        batch_size: samples in a batch, at most an epoch's; None where the dataset makes its own batches.
         step_s: the trainer's step that was assumed, in seconds.
         load_s, cpu_s, cross_s: of one batch: loading it in one process, processor time in that, crossing from a worker.
         batch_bytes: size of a batch.
@@ -58,8 +59,8 @@ class TuningReport:
     def __str__(self) -> str:
         """A table of at most 100 columns, and the recommendation below it."""
         lines = [
-            f"one batch: {_ms(self.load_s)} to load, {_ms(self.cpu_s)} of that on a processor; "
-            f"{_ms(self.cross_s)} to cross; {self.batch_bytes / 2**20:.3g} MiB",
+            f"one batch: {duration(self.load_s)} to load, {duration(self.cpu_s)} of that on a processor; "
+            f"{duration(self.cross_s)} to cross; {self.batch_bytes / 2**20:.3g} MiB",
             "",
             f"{'workers':>7}  {'batches/s':>11}  {'range':>17}  {'gain':>7}  {'ideal':>11}  {'first batch':>11}  "
             f"{'waiting':>7}",
@@ -71,7 +72,7 @@ class TuningReport:
             mark = "  <-" if row.num_workers == self.best else ""
             lines.append(
                 f"{row.num_workers:>7}  {_number(row.batches_per_s):>11}  {spread:>17}  {gain:>7}  "
-                f"{_number(row.ideal_batches_per_s):>11}  {_ms(row.first_batch_s):>11}  {waiting:>7}{mark}"
+                f"{_number(row.ideal_batches_per_s):>11}  {duration(row.first_batch_s):>11}  {waiting:>7}{mark}"
             )
         lines += ["", f"num_workers={self.best}: {self.verdict}"]
         lines += textwrap.wrap(self.reason, _WIDTH)
@@ -126,9 +127,31 @@ class TuningReport:
         figure.savefig(path)
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise what :meth:`TuningReport.plot` would, as far as it can be known before there is anything to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the suffix is of no format that it writes.
+        OSError: the file cannot be written. One that is there already is not changed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    suffix = os.path.splitext(path)[1].removeprefix(".").lower()
+    if suffix and suffix not in known:
+        raise ValueError(
+            f"{os.fspath(path)!r} has a suffix of no format that is known: one of {', '.join(sorted(known))}"
+        )
+    file = os.fspath(path) if suffix else f"{os.fspath(path)}.{FigureCanvasAgg.get_default_filetype()}"
+    there = os.path.lexists(file)
+    if there and not os.path.isfile(file) and not os.path.isdir(file):
+        return  # a device, or a pipe, which only its reader can open
+    with open(file, "ab"):
+        pass
+    if not there:
+        os.remove(file)
+
+
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from robustloader.decisions.tuning import Block, Ceiling, Explorer, Model, advise, plan_ceiling, plan_grid
+from robustloader.decisions.tuning import Block, Ceiling, Explorer, Model, advise, plan_ceiling, plan_grid, tell_trouble
 from robustloader.errors import OptionError
 from robustloader.policies import MemoryPolicy, check_number
 from robustloader.system import limits
@@ -29,6 +29,7 @@ class Bench(Protocol):
     """What the search asks measurements of; :class:`Workbench`, or a fake one in tests."""
 
     why_no_copy: str
+    notes: list[str]
 
     def probe(self, seconds: float) -> Probe:
         """Load some batches in one process, and let one cross."""
@@ -61,8 +62,8 @@ def tune(
 
     Args:
         dataset: map-style or iterable.
-        batch_size: as for the loader; None for a dataset that makes its own batches.
-        candidates: numbers of workers to measure, all of them; None chooses within the limits of this machine.
+        batch_size: as for the loader; None for a dataset that makes its own batches. At most an epoch is measured.
+        candidates: numbers of workers to measure, those within the limits of this machine; None chooses among these.
         seconds: how long it may take, about; a dataset with slow batches takes longer.
         step_s: what the trainer does with a batch, in seconds; 0 takes batches as fast as they come.
         progress: show how far it is on stderr (a bar where tqdm is installed).
@@ -80,24 +81,33 @@ def tune(
     for name in ("num_workers", "batch_sampler"):
         if loader_kwargs.get(name) is not None:
             raise OptionError(name, loader_kwargs[name], "left out: tune() chooses num_workers and takes batch_size")
-    chosen = None if candidates is None else tuple(sorted(set(candidates)))
-    for number in chosen or ():
-        check_number("candidates", number, whole=True)
-    if chosen == ():
-        raise OptionError("candidates", candidates, "at least one number of workers, or None")
+    check_number("prefetch_factor", loader_kwargs.get("prefetch_factor"), low=1, whole=True, optional=True)
+    chosen = None if candidates is None else _check_candidates(candidates)
     with preserve_rng(), warnings.catch_warnings():
         # More workers than processors are measured only where samples mostly wait, or where the caller asks for them.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         bench = Workbench(dataset, batch_size=batch_size, step_s=step_s, loader_kwargs=loader_kwargs)
         return search(
             bench,
-            batch_size=batch_size,
+            batch_size=bench.batch_size,
             candidates=chosen,
             seconds=seconds,
             step_s=step_s,
             prefetch_factor=loader_kwargs.get("prefetch_factor") or 2,
             show=_progress(seconds) if progress else None,
         )
+
+
+def _check_candidates(candidates: Iterable[int]) -> tuple[int, ...]:
+    """Ascending, each once."""
+    if not isinstance(candidates, Iterable):
+        raise OptionError("candidates", candidates, "numbers of workers, such as (0, 2, 4), or None")
+    numbers = tuple(candidates)
+    for number in numbers:
+        check_number("candidates", number, whole=True)
+    if not numbers:
+        raise OptionError("candidates", candidates, "at least one number of workers, or None")
+    return tuple(sorted(set(numbers)))
 
 
 def search(
@@ -118,29 +128,31 @@ def search(
         KeyboardInterrupt: before there was anything to report.
     """
     deadline = clock() + seconds
-    probe = bench.probe(min(2.0, seconds / 10))
-    cpus, ranks = limits.usable_cpus(), limits.local_world_size()
-    share = max(1, cpus // ranks)
-    model = Model(load_s=probe.load_s, cpu_s=probe.cpu_s, cross_s=probe.cross_s, cpus=share, step_s=step_s)
-    ceiling = _ceiling(probe, cpus, ranks, prefetch_factor, worker_bytes=0)
-    notes = []
-    grid = candidates or plan_grid(ceiling.workers)
-    if not probe.in_process:
-        notes.append(
-            "loading in the training process (num_workers=0) was not measured, since the dataset cannot be copied, and "
-            f"the original is not to be touched ({bench.why_no_copy})"
-        )
-        grid = tuple(number for number in grid if number)
-    allowed = tuple(number for number in grid if number <= ceiling.workers)
-    if allowed != grid:
-        notes.append(f"more than {ceiling.workers} workers were left out: {ceiling.reason}")
-    explorer = Explorer(allowed, None if candidates else model)
-    first = max(1, len(allowed) if candidates else min(4, len(allowed)))
-    block_s = max(
-        LEAST_BLOCK_S, 0.6 * (deadline - clock()) / (ROUNDS * first), 4 * model.batch_s(max(allowed, default=1))
-    )
-    complete, largest = True, 0
     with show() if show else contextlib.nullcontext(_silent) as tell:
+        tell("one process")
+        probe = bench.probe(min(2.0, seconds / 10))
+        cpus, ranks = limits.usable_cpus(), limits.local_world_size()
+        share = max(1, cpus // ranks)
+        model = Model(load_s=probe.load_s, cpu_s=probe.cpu_s, cross_s=probe.cross_s, cpus=share, step_s=step_s)
+        ceiling = _ceiling(probe, cpus, ranks, prefetch_factor, worker_bytes=0)
+        notes = list(bench.notes)
+        grid = candidates or plan_grid(ceiling.workers)
+        if not probe.in_process:
+            notes.append(
+                "loading in the training process (num_workers=0) was not measured, since the dataset cannot be copied, "
+                f"and the original is not to be touched ({bench.why_no_copy})"
+            )
+            grid = tuple(number for number in grid if number)
+        allowed = tuple(number for number in grid if number <= ceiling.workers)
+        if allowed != grid or not (allowed or candidates):
+            top = "1 worker was" if ceiling.workers == 1 else f"{ceiling.workers} workers were"
+            notes.append(f"more than {top} left out: {ceiling.reason}")
+        if not allowed:
+            raise _nothing_measured(notes)
+        explorer = Explorer(allowed, None if candidates else model)
+        first = len(allowed) if candidates else min(4, len(allowed))
+        block_s = max(LEAST_BLOCK_S, 0.6 * (deadline - clock()) / (ROUNDS * first), 4 * model.batch_s(max(allowed)))
+        complete, largest = True, 0
         try:
             while (workers := explorer.next()) is not None:
                 if clock() >= deadline and explorer.blocks:
@@ -161,7 +173,11 @@ def search(
             if not explorer.blocks:
                 raise
             complete = False
-    found = advise(explorer.blocks, model=model, step_s=step_s, ceiling=ceiling)
+    if not explorer.blocks:
+        raise _nothing_measured(notes)
+    expected = model.knee(explorer.grid) if explorer.grid and not complete else None
+    untried = expected if expected not in explorer.blocks else None
+    found = advise(explorer.blocks, model=model, step_s=step_s, ceiling=ceiling, untried=untried)
     return TuningReport(
         best=found.best,
         rows=found.rows,
@@ -176,8 +192,12 @@ def search(
         batch_bytes=probe.batch_bytes,
         ceiling=ceiling.workers,
         ceiling_reason=ceiling.reason,
-        notes=tuple(notes),
+        notes=(*notes, *tell_trouble(explorer.blocks)),
     )
+
+
+def _nothing_measured(notes: list[str]) -> ValueError:
+    return ValueError("nothing was measured: " + "; ".join(notes))
 
 
 def _ceiling(probe: Probe, cpus: int, ranks: int, prefetch_factor: int, *, worker_bytes: int) -> Ceiling:

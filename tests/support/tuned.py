@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 
 class Drawing(Dataset):
@@ -85,6 +87,50 @@ class NoCopy(Waiting):
     def __init__(self) -> None:
         self.key = lambda: 1
         self.numbers = itertools.count()
+
+
+class Troubled(Drawing):
+    """Every twentieth sample is damaged; the fourth ends the worker that loads it."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 3 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index % 20 == 13:
+            raise OSError("no such photograph")
+        return super().__getitem__(index)
+
+
+class Says(Drawing):
+    """Every sample raises what it was given."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        raise RuntimeError(self.text)
+
+
+class Large(Drawing):
+    """Samples of 4 MB."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.zeros(1000, 1000)
+
+
+class Chatty(Drawing):
+    """Prints: the module that makes it, and each sample, through Python and through the descriptor."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        print("sample through Python", flush=True)
+        os.write(1, b"sample through the descriptor\n")
+        return super().__getitem__(index)
+
+
+def make_chatty() -> Chatty:
+    print("making")
+    print("to the first standard output", file=sys.__stdout__)
+    return Chatty()
 
 
 def make_empty() -> Drawing:

@@ -242,7 +242,7 @@ def test_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.parametrize(("told", "ranks"), [("8", 8), ("0", 1), ("", 1), ("many", 1), (None, 1)])
+@pytest.mark.parametrize(("told", "ranks"), [("8", 8), ("0", 1), ("", 1), ("many", 1), ("²", 1), (None, 1)])
 def test_ranks(told: str | None, ranks: int) -> None:
     """As torchrun tells them."""
     assert limits.local_world_size({} if told is None else {"LOCAL_WORLD_SIZE": told}) == ranks

@@ -230,7 +230,7 @@ def test_auto_is_a_number_and_stays_auto(monkeypatch: pytest.MonkeyPatch) -> Non
     assert RobustDataLoader([1], num_workers=int(loader.num_workers)).num_workers == int(loader.num_workers)
 
 
-@pytest.mark.parametrize("ranks", ["", "0", "-1", "many", "2.5"])
+@pytest.mark.parametrize("ranks", ["", "0", "-1", "many", "2.5", "²"])
 def test_auto_survives_an_odd_environment(monkeypatch: pytest.MonkeyPatch, ranks: str) -> None:
     """A LOCAL_WORLD_SIZE that is no count of ranks means one rank."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -245,10 +245,17 @@ def test_auto_loads() -> None:
     assert list(loader) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("word", ["Auto", "automatic", ""])
+@pytest.mark.parametrize("word", ["automatic", ""])
 def test_only_auto_is_auto(word: str) -> None:
     """Another word is torch's own error."""
     with pytest.raises(TypeError):
+        RobustDataLoader([1], num_workers=word)
+
+
+@pytest.mark.parametrize("word", ["Auto", "AUTO", " auto"])
+def test_auto_is_written_in_one_way(word: str) -> None:
+    """Our own word, nearly: torch would only say that it cannot compare it with a number."""
+    with pytest.raises(OptionError, match='num_workers must be a number, or "auto"'):
         RobustDataLoader([1], num_workers=word)
 
 

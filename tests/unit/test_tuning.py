@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -13,11 +14,21 @@ import pytest
 import torch
 
 from robustloader.decisions.limits import Descriptors, Memory, Processes
-from robustloader.decisions.tuning import Block, Explorer, Model, advise, choose, plan_ceiling, plan_grid
+from robustloader.decisions.tuning import (
+    Block,
+    Explorer,
+    Model,
+    advise,
+    choose,
+    duration,
+    plan_ceiling,
+    plan_grid,
+    tell_trouble,
+)
 from robustloader.system import limits
 from robustloader.tuning import search as searching
 from robustloader.tuning.copying import copy_sharing_data
-from robustloader.tuning.measure import Probe, Walk
+from robustloader.tuning.measure import Probe, Walk, Workbench
 from robustloader.tuning.search import search
 
 GIB = 1 << 30
@@ -31,6 +42,7 @@ class Fake:
         self.load_s, self.cpu_s = load_s, cpu_s
         self.facts = {"in_process": True, "worker_bytes": 0, "batch_bytes": 1000, **facts}
         self.why_no_copy = "TypeError: it cannot be copied"
+        self.notes: list[str] = []
         self.turns: list[int] = []
         self.now = 0.0
         self.stop_after = 10**9
@@ -144,6 +156,48 @@ def test_ctrl_c_gives_the_result_so_far() -> None:
         fake.search()
 
 
+def test_a_search_cut_short_does_not_pretend() -> None:
+    """What the model expects of a number that had no turn is said; where it promises nothing, the answer stands."""
+    fake = Fake(lambda n: 0.25 * max(n, 1), load_s=4.0, cpu_s=4.0)
+    report = fake.search(seconds=0.5)
+    assert fake.turns == [0]
+    assert (report.best, report.verdict, report.complete) == (0, "unfinished", False)
+    assert "num_workers=16 had none, and of that the model expects 16 × the throughput" in report.reason
+    assert "largest number" not in str(report)
+    # A step of a minute hides it all: nothing else is worth a turn.
+    report = Fake(lambda n: 1 / 61, load_s=4.0, cpu_s=4.0).search(seconds=0.5, step_s=60)
+    assert report.verdict != "unfinished"
+    # Given candidates, of which the best has had its turn.
+    fake = Fake(lambda n: 0.25 * max(n, 1), load_s=4.0, cpu_s=4.0)
+    fake.stop_after = 1
+    report = fake.search(candidates=(1, 2))
+    assert (report.best, report.verdict) == (1, "unfinished")
+    assert "num_workers=2 had none" in report.reason
+
+
+def test_progress_begins_with_the_probe() -> None:
+    """Loading in one process may take the longest of all; Ctrl-C in it leaves nothing to report."""
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def show() -> Any:
+        told.append("opened")
+        yield told.append
+        told.append("closed")
+
+    class Interrupted(Fake):
+        def probe(self, seconds: float) -> Probe:
+            assert told == ["opened", "one process"]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(lambda n: 1.0).search(show=show)
+    told.clear()
+    Fake(lambda n: 1.0).search(show=show, candidates=(1,))
+    assert told[:3] == ["opened", "one process", "num_workers=1"]
+    assert told[-1] == "closed"
+
+
 def test_a_measured_worker_that_is_large_lowers_the_ceiling() -> None:
     """Workers of 20 GiB each: four fit into 90 % of 100 GiB."""
     fake = Fake(lambda n: 10.0 * max(n, 1), worker_bytes=20 * GIB)
@@ -208,6 +262,28 @@ def test_candidates_above_the_ceiling_are_left_out() -> None:
     assert "more than 16 workers were left out: 16 processors" in report.notes[0]
 
 
+@pytest.mark.parametrize("in_process", [True, False])
+def test_nothing_within_the_limits(monkeypatch: pytest.MonkeyPatch, in_process: bool) -> None:
+    """The error says why nothing was measured."""
+    fake = Fake(lambda n: 10.0, in_process=in_process)
+    with pytest.raises(ValueError, match=r"nothing was measured: .*more than 16 workers were left out: 16 processors"):
+        fake.search(candidates=(17, 99))
+    monkeypatch.setattr(limits, "read_processes", lambda: Processes(free=0, limit="pids.max"))
+    if not in_process:
+        with pytest.raises(ValueError, match=r"cannot be copied.*more than 0 workers were left out: .*pids\.max"):
+            fake.search()
+    assert not fake.turns
+
+
+def test_one_is_not_a_plural(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with one processor."""
+    monkeypatch.setattr(limits, "usable_cpus", lambda: 1)
+    report = Fake(lambda n: 1000 + n).search(candidates=(0, 1, 4))
+    assert report.notes == ("more than 1 worker was left out: 1 processor for this rank",)
+    assert "num_workers=1 was 0.1% faster" in report.reason
+    assert "1e+03" not in str(Fake(lambda n: 999.7).search(candidates=(0,)))
+
+
 def test_without_a_copy_the_original_is_left_alone() -> None:
     """Nothing is loaded in this process then."""
     fake = Fake(lambda n: 10.0 * max(n, 1), in_process=False)
@@ -225,6 +301,21 @@ def test_data_is_not_the_bottleneck() -> None:
     assert report.verdict == "data is not your bottleneck"
     assert report.best == 1
     assert "Data is not your bottleneck: with num_workers=1" in report.reason
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.00217, "2.17 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (4.0, "4 s"), (999.6, "1,000 s"), (1234.5, "1,234 s")],
+)
+def test_durations_are_written_for_people(seconds: float, told: str) -> None:
+    """Without exponents, wherever they stand."""
+    assert duration(seconds) == told
+    rate = 1 / seconds
+    found = advise({1: [Block(batches=1, elapsed_s=seconds, first_batch_s=0.1)]}, model=None, step_s=0, ceiling=None)
+    assert f"longer than {duration(1 / rate)} a batch" in found.reason
+    fast = {1: [Block(batches=1, elapsed_s=seconds, first_batch_s=0.1)]}
+    found = advise(fast, model=None, step_s=seconds, ceiling=None)
+    assert f"with steps of {told} waits" in found.reason
 
 
 def test_data_is_the_bottleneck() -> None:
@@ -246,6 +337,25 @@ def test_the_report_is_json_and_a_table(tmp_path: Path) -> None:
     assert max(map(len, str(report).splitlines())) <= 100
     report.plot(tmp_path / "tune.png")
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_went_wrong_is_told() -> None:
+    """Counts of all turns, the numbers of workers that had deaths, and causes where they are known."""
+    quiet = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40)
+    faulty = Block(
+        batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=39, faults=1, fault_causes=frozenset({"OSError"})
+    )
+    died = Block(batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=1)
+    killed = Block(
+        batches=5, elapsed_s=1.0, first_batch_s=0.1, samples=40, deaths=2, death_causes=frozenset({"SIGBUS"})
+    )
+    assert tell_trouble({0: [quiet], 2: [quiet, quiet]}) == []
+    assert tell_trouble({0: [quiet], 2: [quiet, faulty]})[0].startswith("1 of 120 samples failed for good (OSError): ")
+    assert tell_trouble({2: [died, quiet]})[0].startswith("workers died or hung once with num_workers=2: ")
+    both = tell_trouble({1: [quiet], 2: [quiet, died], 4: [killed]})
+    assert both[0].startswith("workers died or hung 3 times (SIGBUS) with num_workers=2, 4: ")
+    found = advise({2: [faulty, killed]}, model=None, step_s=0, ceiling=None)
+    assert (found.rows[0].faults, found.rows[0].deaths) == (1, 2)
 
 
 def test_nothing_measured_is_no_advice() -> None:
@@ -290,7 +400,7 @@ def ceiling(**facts: Any) -> Any:
     [
         ({}, 8, "8 processors"),
         ({"ranks": 4}, 2, "2 processors"),
-        ({"ranks": 99}, 1, "1 processors"),
+        ({"ranks": 99}, 1, "1 processor for"),
         ({"cpu_s": 0.05}, 16, "waits at least 50%"),
         ({"cpu_s": 0.0}, 32, "waits at least 75%"),
         ({"batch_bytes": GIB}, 2, "memory"),
@@ -366,3 +476,18 @@ def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with searching._progress(5)() as tell:
         tell("num_workers=3")
     assert "num_workers=3" in capsys.readouterr().err
+
+
+class Unsized:
+    """A sampler without a length."""
+
+    def __iter__(self) -> Any:
+        return iter((0, 1))
+
+
+@pytest.mark.parametrize(("sampler", "samples"), [(None, 3), (range(2), 2), (range(9), 8), (Unsized(), 3)])
+def test_an_epoch_is_as_long_as_its_sampler(sampler: Any, samples: int) -> None:
+    """One with replacement gives more than the dataset has, one of many ranks fewer."""
+    bench = Workbench([1, 2, 3], batch_size=8, step_s=0, loader_kwargs={"sampler": sampler})
+    assert bench.batch_size == samples
+    assert bool(bench.notes) == (samples < 8)
