@@ -20,11 +20,17 @@ from robustloader.errors import OptionError
 from robustloader.events import Sink
 
 __all__ = [
+    "TRANSIENT",
+    "Action",
     "FaultPolicy",
     "MemoryPolicy",
     "RecoveryPolicy",
     "Retry",
+    "Seeding",
     "TelemetryPolicy",
+    "Transport",
+    "check_choice",
+    "check_number",
 ]
 
 Action = Literal["raise", "skip", "replace"]

@@ -22,6 +22,7 @@ from robustloader.system.cgroups import read_text
 from robustloader.system.limits import free_memory_bytes, memory_kills, usable_cpus
 
 __all__ = [
+    "InheritedFd",
     "Lifeline",
     "SharedPage",
     "close_in_forked_children",
@@ -31,11 +32,13 @@ __all__ = [
     "hold_lifeline",
     "memory_kills",
     "open_pidfd",
+    "prefer_to_be_killed",
     "queue_time_ns",
     "release_signals",
     "signal_name",
     "signals_held",
     "usable_cpus",
+    "yield_to_others",
 ]
 
 # --- memory -----------------------------------------------------------------------------------------------------------
