@@ -158,7 +158,9 @@ class Crew:
             )
         self._sample_limit_s = policy.hang_after_s if policy is not None else None
         self._task_limit_s = timeout_s or None
-        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
+        self._start_limit_s = policy.start_timeout_s if policy is not None else None
+        bounds = (self._sample_limit_s, self._task_limit_s, self._start_limit_s)
+        limits = [limit for limit in bounds if limit is not None]
         self.tick_s = min([1.0, *(max(0.02, limit / 8) for limit in limits)])
 
     # --- who is there
@@ -469,7 +471,7 @@ class Crew:
             if worker.dismissed or worker.killed_for:
                 continue
             if not worker.ready:
-                self._watch_start(worker, policy, now)
+                self._watch_start(worker, passed_s)
                 continue
             reading = worker.beacon.read()
             idle = reading.phase == "idle" and not has_work(worker)
@@ -502,9 +504,10 @@ class Crew:
             task is not None and reading.task >= 0 and worker.task_s > task  # reading a stream again is no task
         )
 
-    def _watch_start(self, worker: Worker, policy: RecoveryPolicy, now: int) -> None:
-        limit = policy.start_timeout_s
-        if limit is not None and now - worker.started_ns > limit * 1e9:
+    def _watch_start(self, worker: Worker, passed_s: float) -> None:
+        limit = self._start_limit_s
+        worker.silent_s += passed_s  # begins anew with its first phase
+        if limit is not None and worker.silent_s > limit:
             logger.warning("worker %d (pid %s) was not ready after %g s", worker.worker_id, worker.pid, limit)
             worker.kill("start")
 
