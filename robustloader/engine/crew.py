@@ -400,8 +400,22 @@ class Crew:
 
     def _heal(self) -> None:
         slot = next((slot for slot in self.slots if slot.state == "retired"), None)
-        if not self._heals or self.memory_low or slot is None or self.size <= 0:
-            return
+        if self._heals and not self.memory_low and slot is not None and self.size > 0:
+            self.heal(slot)
+
+    def refill(self, slot: Slot, *, heals: bool) -> None:
+        """A new epoch begins, and this slot's process is leaving or has left: another one takes its place, if there is
+        one, or where the pool ``heals``."""
+        if slot.state != "retired":
+            slot.worker, slot.state = None, "retired"
+            slot.incarnation += 1
+        if self.processes < self.size:
+            self.schedule(slot)
+        elif heals:
+            self.heal(slot)
+
+    def heal(self, slot: Slot) -> None:
+        """The pool grows back by this slot, which has no process."""
         self.size += 1
         self.recording.active_workers = self.size
         slot.streak = 0

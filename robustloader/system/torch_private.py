@@ -211,7 +211,7 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
         return super()._get_iterator()
 
     def __iter__(self) -> Any:
-        """A new epoch; with ``persistent_workers``, by the workers of the one before unless an error ended them."""
+        """A new epoch; with ``persistent_workers``, by the workers of the one before unless these are gone."""
         if self._iterator is not None and (
             getattr(self._iterator, "closed", False) or getattr(self._iterator, "once", False)
         ):
