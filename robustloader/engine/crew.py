@@ -116,15 +116,22 @@ class Crew:
     """Slots, restart budget and pool size of one iterator.
 
     Attributes:
+        pool: the processes.
+        policy, budget: what to do about deaths, and the credit for restarts; without a policy there is no budget.
+        size: workers that there should be, dead ones that will be restarted included.
+        slots: one for each worker id that there has been.
+        history: the last events, for the text of an error.
+        recording: of the epoch that runs; set by the iterator before anything happens.
+        failed_starts: processes that ended before they could say anything.
+        anyone_ready: a process has become ready, whichever; set by the iterator.
+        memory_low: the pool must not grow back now; set by the iterator.
+        memory_killed: the kernel's memory killer has taken a worker.
         tick_s: how often, in seconds, deadlines should be looked at.
 
     Args:
         policy: None recovers nothing.
+        timeout_s: the loader's ``timeout``, a deadline per task, in seconds; 0 for none.
         heals: whether the pool may grow back within an epoch.
-
-    Attributes:
-        memory_low: the pool must not grow back now.
-        memory_killed: the kernel's memory killer has taken a worker.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""The crew's deadlines, on a clock that the test turns."""
+"""The crew's deadlines, on a clock that the test turns, and what its docstring says."""
 
 from __future__ import annotations
 
+import inspect
+import re
 import types
 from typing import Any
 
@@ -98,3 +100,13 @@ def test_silence_begins_anew_when_a_worker_is_ready(monkeypatch: pytest.MonkeyPa
         clock.go(crew.tick_s)
         assert not killed_for(crew, worker)
     assert worker.silent_s < LIMIT_S / 10
+
+
+def test_the_docstring_tells_of_every_attribute() -> None:
+    """In one list: those that other modules read and set, too."""
+    crew, _ = starting(RecoveryPolicy())
+    text = inspect.getdoc(Crew) or ""
+    assert text.count("Attributes:") == 1
+    listed = re.findall(r"^    ([a-z_, ]+):", text.split("Attributes:")[1].split("Args:")[0], re.MULTILINE)
+    told = {name for names in listed for name in names.split(", ")}
+    assert told == {name for name in vars(crew) if not name.startswith("_")} | {"recording"}
