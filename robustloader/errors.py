@@ -43,6 +43,9 @@ __all__ = [
     "WorkerError",
     "WorkerHangError",
     "WorkerStartError",
+    "hold_warnings",
+    "release_warnings",
+    "warn_user",
 ]
 
 

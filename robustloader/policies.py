@@ -20,11 +20,17 @@ from robustloader.errors import OptionError
 from robustloader.events import Sink
 
 __all__ = [
+    "TRANSIENT",
+    "Action",
     "FaultPolicy",
     "MemoryPolicy",
     "RecoveryPolicy",
     "Retry",
+    "Seeding",
     "TelemetryPolicy",
+    "Transport",
+    "check_choice",
+    "check_number",
 ]
 
 Action = Literal["raise", "skip", "replace"]
@@ -178,7 +184,7 @@ class RecoveryPolicy:
             None never does. The loader's ``timeout``, where set, is such a deadline per task.
         stall_report_s: seconds after which a silent worker is reported in the log, without touching it; None never.
         start_timeout_s: seconds a worker may take from its start to its first word (imports, unpickling the dataset,
-            ``worker_init_fn``); None waits for ever.
+            ``worker_init_fn``), while the loop waits; None waits for ever.
         min_workers: the pool does not shrink below this many processes while it can have any.
         in_process: whether the training process itself loads what is left once ``min_workers`` cannot be kept.
             It never does so where what killed the workers would take it along: crash signals, memory kills, exits and

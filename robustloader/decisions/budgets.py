@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FaultBudget", "RestartBudget"]
+__all__ = ["BATCHES_PER_CREDIT", "FaultBudget", "RestartBudget"]
 
 BATCHES_PER_CREDIT = 50
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from typing import NamedTuple
 
-__all__ = ["PAGE", "ExtentMap", "Span"]
+__all__ = ["PAGE", "ExtentMap", "Span", "whole_pages"]
 
 PAGE = 4_096
 """Extents begin and end at multiples of this many bytes, so that each can be given back by itself."""

@@ -116,15 +116,22 @@ class Crew:
     """Slots, restart budget and pool size of one iterator.
 
     Attributes:
+        pool: the processes.
+        policy, budget: what to do about deaths, and the credit for restarts; without a policy there is no budget.
+        size: workers that there should be, dead ones that will be restarted included.
+        slots: one for each worker id that there has been.
+        history: the last events, for the text of an error.
+        recording: of the epoch that runs; set by the iterator before anything happens.
+        failed_starts: processes that ended before they could say anything.
+        anyone_ready: a process has become ready, whichever; set by the iterator.
+        memory_low: the pool must not grow back now; set by the iterator.
+        memory_killed: the kernel's memory killer has taken a worker.
         tick_s: how often, in seconds, deadlines should be looked at.
 
     Args:
         policy: None recovers nothing.
+        timeout_s: the loader's ``timeout``, a deadline per task, in seconds; 0 for none.
         heals: whether the pool may grow back within an epoch.
-
-    Attributes:
-        memory_low: the pool must not grow back now.
-        memory_killed: the kernel's memory killer has taken a worker.
     """
 
     def __init__(
@@ -158,7 +165,9 @@ class Crew:
             )
         self._sample_limit_s = policy.hang_after_s if policy is not None else None
         self._task_limit_s = timeout_s or None
-        limits = [limit for limit in (self._sample_limit_s, self._task_limit_s) if limit is not None]
+        self._start_limit_s = policy.start_timeout_s if policy is not None else None
+        bounds = (self._sample_limit_s, self._task_limit_s, self._start_limit_s)
+        limits = [limit for limit in bounds if limit is not None]
         self.tick_s = min([1.0, *(max(0.02, limit / 8) for limit in limits)])
 
     # --- who is there
@@ -398,8 +407,22 @@ class Crew:
 
     def _heal(self) -> None:
         slot = next((slot for slot in self.slots if slot.state == "retired"), None)
-        if not self._heals or self.memory_low or slot is None or self.size <= 0:
-            return
+        if self._heals and not self.memory_low and slot is not None and self.size > 0:
+            self.heal(slot)
+
+    def refill(self, slot: Slot, *, heals: bool) -> None:
+        """A new epoch begins, and this slot's process is leaving or has left: another one takes its place, if there is
+        one, or where the pool ``heals``."""
+        if slot.state != "retired":
+            slot.worker, slot.state = None, "retired"
+            slot.incarnation += 1
+        if self.processes < self.size:
+            self.schedule(slot)
+        elif heals:
+            self.heal(slot)
+
+    def heal(self, slot: Slot) -> None:
+        """The pool grows back by this slot, which has no process."""
         self.size += 1
         self.recording.active_workers = self.size
         slot.streak = 0
@@ -469,7 +492,7 @@ class Crew:
             if worker.dismissed or worker.killed_for:
                 continue
             if not worker.ready:
-                self._watch_start(worker, policy, now)
+                self._watch_start(worker, passed_s)
                 continue
             reading = worker.beacon.read()
             idle = reading.phase == "idle" and not has_work(worker)
@@ -502,9 +525,10 @@ class Crew:
             task is not None and reading.task >= 0 and worker.task_s > task  # reading a stream again is no task
         )
 
-    def _watch_start(self, worker: Worker, policy: RecoveryPolicy, now: int) -> None:
-        limit = policy.start_timeout_s
-        if limit is not None and now - worker.started_ns > limit * 1e9:
+    def _watch_start(self, worker: Worker, passed_s: float) -> None:
+        limit = self._start_limit_s
+        worker.silent_s += passed_s  # begins anew with its first phase
+        if limit is not None and worker.silent_s > limit:
             logger.warning("worker %d (pid %s) was not ready after %g s", worker.worker_id, worker.pid, limit)
             worker.kill("start")
 

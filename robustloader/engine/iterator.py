@@ -113,8 +113,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if adaptation is not None:  # num_workers="auto": as many as the last epoch came to
             self.num_workers = adaptation.workers
         # An iterable epoch keeps its shards to its end; the loader's own number of workers comes with the next one.
-        self.once = resume is not None and options.iterable and resume.state.workers != self.num_workers
-        if resume is not None and self.once:
+        self._rest_only = resume is not None and options.iterable and resume.state.workers != self.num_workers
+        if resume is not None and self._rest_only:
             self.num_workers = resume.state.workers
         prefetch_factor = 2 if loader.prefetch_factor is None else loader.prefetch_factor
         if prefetch_factor <= 0:
@@ -124,7 +124,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._wanted_prefetch = self._prefetch = prefetch_factor
         self._in_order = bool(getattr(loader, "in_order", True))
         self._drop_last = loader.drop_last
-        self._persistent = loader.persistent_workers and not self.once
+        self._persistent = loader.persistent_workers and not self._rest_only
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
         most = self.num_workers if adaptation is None else max(self.num_workers, auto_ceiling())
@@ -171,7 +171,13 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             timeout_s=float(self.timeout_s or 0),
             heals=not options.iterable,
         )
-        self._recovery = Recovery(self._books, self._crew, self._policy)
+        keeps_opening = self._persistent and not options.iterable
+        self._recovery = Recovery(
+            self._books,
+            self._crew,
+            self._policy,
+            on_fall_back=options.journal.keep_opening if keeps_opening else None,
+        )
         # Only with num_workers="auto".
         self._adapter = Adapter(adaptation, self._crew, self._guard) if adaptation is not None else None
         try:
@@ -190,6 +196,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def once(self) -> bool:
+        """Whether the next epoch is for another iterator although workers persist: this one loads the rest of an epoch
+        that began with another number of workers, or has none left."""
+        return self._rest_only or self._recovery.local
 
     # --- the beginning
 
@@ -322,16 +334,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 slot.trial = None
                 if slot.worker is not None and not slot.worker.dismissed:
                     self._resume(slot.worker)
-                elif slot.worker is not None or slot.state == "ended":
-                    slot.worker = None  # it is leaving, or has left
-                    slot.incarnation += 1
-                    slot.state = "retired"
-                    if self._crew.processes < self._crew.size:
-                        self._crew.schedule(slot)
-                    else:
-                        self._recovery.orphans.append(slot)
-                elif slot.state == "retired" and self._options.iterable:
-                    self._recovery.orphans.append(slot)
+                elif slot.worker is not None or slot.state in ("ended", "retired"):
+                    self._crew.refill(slot, heals=self._options.iterable)
         self._crew.memory_low = False
         self._prefetch = self._guard.begin_epoch(self._wanted_prefetch, self.num_workers, self._books.recording)
         self._begin_progress(opening)
@@ -562,7 +566,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._progress.finish()
         self._resources.all_delivered = True
         self._resources.close_recording()
-        if not self._persistent:
+        if not self._persistent or self.once:
             self.close()
 
     @property
@@ -993,7 +997,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 worker_init_fn=self._worker_init_fn,
                 worker_id=slot.worker_id if slot is not None else 0,
                 num_workers=self.num_workers,
-                base_seed=self.base_seed,
+                base_seed=self._stream_seed,
                 skip=slot.calls - calls_of(slot.snapshot) if slot is not None else 0,
                 rng=slot.rng if slot is not None else None,
                 snapshot=slot.snapshot if slot is not None else None,

@@ -67,7 +67,6 @@ class Worker:
         self.process: Any = None
         self._pid: int | None = None
         self.pidfd: int | None = None
-        self.started_ns = time.monotonic_ns()
         self.ready = False
         self.finished = 0
         self.dismissed = False

@@ -218,8 +218,9 @@ class Journal:
         progress: the epoch of the iterator created last; None before the first.
         loaded: a state that was loaded and of which no epoch has begun yet.
         beginning: the random states before the epoch that begins now.
-        openings: how the loaded run would begin its next epoch, and how all later ones (see :class:`LoaderState`);
-            None where no state was loaded, so that the loader does as torch does.
+        openings: how the loaded run would begin its next epoch, and how all later ones (see :class:`LoaderState`), or
+            the run in which persistent workers could not be kept; None where neither was, so that the loader does as
+            torch does.
         drained: the end of the epoch before the loaded state, as :attr:`Progress.ended` has it.
     """
 
@@ -229,13 +230,18 @@ class Journal:
         self.beginning: Beginning | None = None
         self.openings: tuple[str, str] | None = None
         self.drained: tuple[bytes, Mark] | None = None
+        self._base_seed = 0
 
     @property
     def base_seed(self) -> int:
         """Of the epoch begun last, or of the state that was loaded since."""
-        if self.loaded is not None:
-            return self.loaded.base_seed
-        return self.progress.base_seed if self.progress is not None else 0
+        return self.loaded.base_seed if self.loaded is not None else self._base_seed
+
+    def keep_opening(self) -> None:
+        """The next epoch gets other workers than persistent ones of this epoch, and begins as it would with these: that
+        workers died must not change its permutation."""
+        if self.openings is None:
+            self.openings = "i", "i"
 
     def begin(
         self,
@@ -276,6 +282,7 @@ class Journal:
         elif self.openings is not None:
             self.openings = (self.openings[1], self.openings[1])
         self.progress, self.loaded, self.drained = progress, None, None
+        self._base_seed = progress.base_seed
         return progress
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ out. It never raises: what the trainer must hear of is left in the books.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from robustloader.decisions.blame import Cause, Judgement, Point
@@ -29,16 +30,27 @@ class Recovery:
 
     Attributes:
         orphans: shards of an iterable dataset without a process.
-        local: the training process loads, because no workers can be kept.
+        local: the training process loads the rest of the epoch, because no workers can be kept.
+
+    Args:
+        on_fall_back: called when ``local`` becomes true.
     """
 
-    def __init__(self, books: Books, crew: Crew, policy: RecoveryPolicy | None) -> None:
+    def __init__(
+        self,
+        books: Books,
+        crew: Crew,
+        policy: RecoveryPolicy | None,
+        *,
+        on_fall_back: Callable[[], None] | None = None,
+    ) -> None:
         self.books = books
         self.crew = crew
         self.policy = policy
         self.orphans: deque[Slot] = deque()
         self.local = False
         self._local_reason = ""
+        self._on_fall_back = on_fall_back
 
     # --- a death
 
@@ -385,6 +397,8 @@ class Recovery:
             )
             return
         self.local = True
+        if self._on_fall_back is not None:
+            self._on_fall_back()
         books.open_up()
         for slot in self.crew.slots:
             if books.iterable:

@@ -1,4 +1,4 @@
-"""How processes are tied together and how they end: pidfds, lifelines, shared pages, exit codes.
+"""How processes share the processors, how they are tied together, and how they end.
 
 What the machine allows them is in :mod:`robustloader.system.limits`; the three readings that are needed everywhere have
 their names here as well.
@@ -22,6 +22,7 @@ from robustloader.system.cgroups import read_text
 from robustloader.system.limits import free_memory_bytes, memory_kills, usable_cpus
 
 __all__ = [
+    "InheritedFd",
     "Lifeline",
     "SharedPage",
     "close_in_forked_children",
@@ -31,14 +32,16 @@ __all__ = [
     "hold_lifeline",
     "memory_kills",
     "open_pidfd",
+    "prefer_to_be_killed",
     "queue_time_ns",
     "release_signals",
     "signal_name",
     "signals_held",
     "usable_cpus",
+    "yield_to_others",
 ]
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- processor time ---------------------------------------------------------------------------------------------------
 
 
 def yield_to_others() -> None:
@@ -52,6 +55,31 @@ def yield_to_others() -> None:
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
+
+def cpu_time_ns(pid: int) -> int | None:
+    """Processor time of another process so far, in nanoseconds; None where it is gone.
+
+    One system call, where reading ``/proc`` takes some fifty microseconds and counts in hundredths of a second.
+    *Source*: clock_getcpuclockid(3); the clock's number is made as in Linux's ``include/linux/posix-timers.h``
+    (``make_process_cpuclock`` of ``CPUCLOCK_SCHED``).
+    """
+    try:
+        return time.clock_gettime_ns((~pid << 3) | 2)
+    except OSError:
+        return None
+
+
+def queue_time_ns(pid: int) -> int:
+    """How long a thread (a process's number names its first one) has waited for a processor while it could have run, in
+    nanoseconds; 0 where the kernel does not tell.
+
+    *Source*: ``/proc/<pid>/schedstat``, the second number (Linux's ``Documentation/scheduler/sched-stats.rst``).
+    """
+    numbers = read_text(f"/proc/{pid}/schedstat").split()
+    return int(numbers[1]) if len(numbers) == 3 else 0
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
 
 _TO_EVERYBODY = (signal.SIGINT, signal.SIGTERM)
 """Signals that a terminal or a scheduler sends to a whole job, and that are the training process's business."""
@@ -82,12 +110,14 @@ def release_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_EVERYBODY)
 
 
-def prefer_to_be_killed() -> None:
-    """Tell the kernel to take this process before the training process when memory runs out."""
-    with contextlib.suppress(OSError, ValueError):
-        now = int(read_text("/proc/self/oom_score_adj") or 0)
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(str(min(1000, now + 200)))
+def signal_name(exitcode: int | None) -> str | None:
+    """``"SIGKILL"`` for -9; None for an exit that was no signal."""
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
 
 
 # --- the end of a process ---------------------------------------------------------------------------------------------
@@ -112,40 +142,15 @@ def has_pidfd() -> bool:
     return fd is not None
 
 
-def cpu_time_ns(pid: int) -> int | None:
-    """Processor time of another process so far, in nanoseconds; None where it is gone.
-
-    One system call, where reading ``/proc`` takes some fifty microseconds and counts in hundredths of a second.
-    *Source*: clock_getcpuclockid(3); the clock's number is made as in Linux's ``include/linux/posix-timers.h``
-    (``make_process_cpuclock`` of ``CPUCLOCK_SCHED``).
-    """
-    try:
-        return time.clock_gettime_ns((~pid << 3) | 2)
-    except OSError:
-        return None
+def prefer_to_be_killed() -> None:
+    """Tell the kernel to take this process before the training process when memory runs out."""
+    with contextlib.suppress(OSError, ValueError):
+        now = int(read_text("/proc/self/oom_score_adj") or 0)
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(str(min(1000, now + 200)))
 
 
-def queue_time_ns(pid: int) -> int:
-    """How long a thread (a process's number names its first one) has waited for a processor while it could have run, in
-    nanoseconds; 0 where the kernel does not tell.
-
-    *Source*: ``/proc/<pid>/schedstat``, the second number (Linux's ``Documentation/scheduler/sched-stats.rst``).
-    """
-    numbers = read_text(f"/proc/{pid}/schedstat").split()
-    return int(numbers[1]) if len(numbers) == 3 else 0
-
-
-def signal_name(exitcode: int | None) -> str | None:
-    """``"SIGKILL"`` for -9; None for an exit that was no signal."""
-    if exitcode is None or exitcode >= 0:
-        return None
-    try:
-        return signal.Signals(-exitcode).name
-    except ValueError:
-        return f"signal {-exitcode}"
-
-
-# --- things a forked child must let go of -----------------------------------------------------------------------------
+# --- what a forked child must let go of: lifelines --------------------------------------------------------------------
 
 _closed_after_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -214,6 +219,9 @@ def hold_lifeline(read_fd: int) -> None:
     poll.register(read_fd, 0)
     if poll.poll(0):  # the trainer was gone before the signal was armed
         os._exit(1)
+
+
+# --- what goes along to a worker --------------------------------------------------------------------------------------
 
 
 class InheritedFd:

@@ -24,12 +24,15 @@ __all__ = [
     "auto_collation",
     "draw_base_seed",
     "end_iterator",
+    "enter_worker",
     "is_datapipe",
     "is_iterable",
     "key_error_message",
+    "new_worker_info",
     "numpy_seed",
     "pin_memory",
     "prepare_worker_process",
+    "tensor_collate",
     "worker_info",
     "worker_processes",
 ]
@@ -208,7 +211,7 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
         return super()._get_iterator()
 
     def __iter__(self) -> Any:
-        """A new epoch; with ``persistent_workers``, by the workers of the one before unless an error ended them."""
+        """A new epoch; with ``persistent_workers``, by the workers of the one before unless these are gone."""
         if self._iterator is not None and (
             getattr(self._iterator, "closed", False) or getattr(self._iterator, "once", False)
         ):

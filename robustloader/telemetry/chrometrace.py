@@ -46,7 +46,7 @@ class ChromeTraceSink(ConfiguredSink):
     The closing bracket is optional in this format, so the file can be read at any time, and after a kill. It is a
     recording of a stretch of a run: it grows by about 400 bytes per batch, and ends at ``max_bytes``.
 
-    Runs in: the training process. X.
+    Runs in: the training process.
 
     Args:
         path: the file, overwritten at the first event, with fields as in :class:`~robustloader.JsonlSink`.

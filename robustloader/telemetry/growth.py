@@ -7,7 +7,7 @@ from typing import Any
 
 from robustloader.events import EpochFinished, EpochProgressed
 
-__all__ = ["Growth"]
+__all__ = ["Growth", "worker_name"]
 
 LOOP_TOTALS = ("batches", "samples", "bytes", "wait_s", "step_s")
 WORKER_TOTALS = ("tasks", "busy_s")

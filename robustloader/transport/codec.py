@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Buffer", "Parcel", "Placed", "dumps", "loads"]
+__all__ = ["INLINE_BYTES", "Buffer", "Parcel", "Placed", "dumps", "loads"]
 
 INLINE_BYTES = 4_096
 """Storages up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from robustloader.events import FaultAction, FaultKind
 
 __all__ = [
+    "TRACEBACK_CHARS",
     "Exhausted",
     "Failed",
     "Fault",

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from robustloader.system.host import SharedPage
 
-__all__ = ["POSITION", "Beacon", "Phase", "Reading"]
+__all__ = ["COLLATE", "ENCODE", "INIT", "ITEM", "ITEMS", "POSITION", "Beacon", "Phase", "Reading"]
 
 Phase = Literal["idle", "init", "item", "items", "collate", "encode"]
 PHASES: tuple[Phase, ...] = ("idle", "init", "item", "items", "collate", "encode")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from robustloader.worker.fetch import IterableFetcher, Plan
 from robustloader.worker.seeding import restore_rng, rng_states
 
-__all__ = ["StreamSnapshot", "is_stateful", "pickled_snapshot", "restored_fetcher", "take_snapshot"]
+__all__ = ["StreamSnapshot", "is_stateful", "pickled_snapshot", "restored_fetcher", "state_of", "take_snapshot"]
 
 
 class StreamSnapshot(NamedTuple):

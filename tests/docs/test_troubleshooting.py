@@ -45,7 +45,10 @@ def test_our_words_are_what_the_package_says(heading: str) -> None:
     assert any(pattern.search(text) for text in texts()), heading
 
 
-@pytest.mark.parametrize("name", sorted(set(errors.__all__) - GENERAL))
+TYPES = {name for name in errors.__all__ if isinstance(getattr(errors, name), type)}
+
+
+@pytest.mark.parametrize("name", sorted(TYPES - GENERAL))
 def test_every_error_has_its_place(name: str) -> None:
     """The page says what to do about each type of error, and about the warning."""
     assert f"`{name}`" in OURS or f"`{name}`" in TORCHS

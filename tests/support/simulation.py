@@ -7,7 +7,6 @@ and recovery, can be driven through thousands of histories a minute. Nothing her
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -47,7 +46,6 @@ class SimWorker:
     dismissed: bool = False
     killed_for: str = ""
     arena_lost: str = ""
-    started_ns: int = field(default_factory=time.monotonic_ns)
     silent_s: float = 0.0
     stack: str = ""
     silent_since: tuple[int, int | None] = (0, None)

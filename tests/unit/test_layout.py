@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -179,6 +179,41 @@ def torch_underscores(source: str, module: str) -> list[str]:
     return wrong
 
 
+def offered(source: str) -> frozenset[str] | None:
+    """The names in a module's ``__all__``; None where it has none."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return frozenset(ast.literal_eval(node.value))
+    return None
+
+
+def names_not_offered(source: str, module: str, all_of: Callable[[str], frozenset[str] | None]) -> list[str]:
+    """What a module takes from others of ours, by ``from`` or through the module's name, that is not in their
+    ``__all__``. Absolute imports, the only ones there are."""
+    tree = ast.parse(source)
+    aliases: dict[str, str] = {}
+    taken: list[tuple[int, str, str]] = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or our_module(node.module or "") is None:
+            continue
+        assert node.module is not None
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}".removeprefix("robustloader.")
+            if inner in MODULES:
+                aliases[alias.asname or alias.name] = inner
+            else:
+                taken.append((node.lineno, our_module(node.module) or "", alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            taken.append((node.lineno, aliases[node.value.id], node.attr))
+    wrong = []
+    for line, owner, name in taken:
+        names = all_of(owner)
+        if names is not None and name not in names:
+            wrong.append(f"{module}:{line} takes {name} of {owner}")
+    return wrong
+
+
 def modules() -> dict[str, Path]:
     """Our modules by their names within the package."""
     found = {}
@@ -240,6 +275,16 @@ def test_only_one_module_names_torchs_underscores(module: str) -> None:
 def test_the_door_is_there() -> None:
     """The exception is not a dead name, and it is needed."""
     assert torch_underscores(MODULES[DOOR].read_text(), DOOR)
+
+
+@every_module
+def test_what_others_take_is_in_all(module: str) -> None:
+    """``__all__`` says what the rest of the package may use, and leaves nothing out that it does use."""
+
+    def all_of(owner: str) -> frozenset[str] | None:
+        return offered(MODULES[owner].read_text()) if owner in MODULES else None
+
+    assert names_not_offered(MODULES[module].read_text(), module, all_of) == []
 
 
 def test_the_imports_of_a_pure_module_are_really_few() -> None:
@@ -354,3 +399,24 @@ def test_torchs_names_are_found() -> None:
         torchs_private_names()
     )
     assert torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from robustloader.system.host import SharedPage, page", 1),
+        ("from robustloader.system import host\nhost.SharedPage(), host.page()", 1),
+        ("def f():\n    from robustloader.system import host as machine\n    machine.page", 1),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from robustloader.system.host import page", 1),
+        ("from robustloader.system.host import SharedPage as page\npage", 0),
+        ("from robustloader.system.limits import page", 0),
+        ("from os import page\nimport torch\ntorch.page", 0),
+    ],
+)
+def test_a_name_that_is_not_offered_is_seen(source: str, wrong: int) -> None:
+    """Imported alone or used through its module, anywhere; a module without ``__all__`` offers everything."""
+
+    def all_of(owner: str) -> frozenset[str] | None:
+        return offered('__all__ = ["SharedPage"]') if owner == "system.host" else offered("page = 1")
+
+    assert len(names_not_offered(source, "engine.pool", all_of)) == wrong

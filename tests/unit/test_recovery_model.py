@@ -250,15 +250,20 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: not self.over and len(self.delivered) % 3 == 2)
     @rule()
     def start_over(self) -> None:
-        """The trainer leaves its loop and begins another epoch with the same workers."""
+        """The trainer leaves its loop and begins another epoch with the same workers, or with others where none are
+        left."""
+        gone = self.iterator.closed or self.iterator._recovery.local
         try:
             again = iter(self.loader)
         except RestartBudgetError as error:
             self.ends(error)
             return
-        if again is not self.iterator:  # the last one had been closed
+        assert (again is not self.iterator) == gone
+        if gone:
             self.deaths.clear()
+            self.listener.events.clear()
             self.iterator = again
+            assert again._crew.size == again._crew.processes == self.workers, "not all workers are back"
         self.delivered.clear()
 
     @precondition(lambda self: self.over)
