@@ -9,7 +9,7 @@ from typing import Any
 
 from robustloader.checkup import doctor
 from robustloader.cli.datasets import load_dataset
-from robustloader.cli.ending import tell, users_errors
+from robustloader.cli.ending import others_prints_to_stderr, plain_warnings, tell, users_errors
 from robustloader.cli.numbers import count
 
 __all__ = ["add_parser", "run"]
@@ -40,13 +40,14 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look, print, and tell: the exit status."""
-    dataset = load_dataset(options.dataset) if options.dataset else None
-    with users_errors("loading one batch") if dataset is not None else contextlib.nullcontext():
-        report = doctor(
-            dataset,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            prefetch_factor=options.prefetch_factor,
-        )
+    with others_prints_to_stderr(), plain_warnings():
+        dataset = load_dataset(options.dataset) if options.dataset else None
+        with users_errors("loading one batch") if dataset is not None else contextlib.nullcontext():
+            report = doctor(
+                dataset,
+                batch_size=options.batch_size,
+                num_workers=options.num_workers,
+                prefetch_factor=options.prefetch_factor,
+            )
     tell(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return 0 if report.ok else 1

@@ -202,10 +202,17 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str], command: str, words: 
     assert f"robustloader {command}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("tune", "--candidates", "0,1", "--seconds", "0.5"), ("compare", "--batches", "2")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tune", f"{NAME}:make_chatty", "--candidates", "0,1", "--seconds", "0.5"),
+        ("compare", f"{NAME}:make_chatty", "--batches", "2"),
+        ("doctor", "--dataset", f"{NAME}:make_chatty"),
+    ],
+)
 def test_a_dataset_that_prints(words: tuple[str, ...]) -> None:
     """Standard output holds the JSON document alone, whoever prints."""
-    command = [sys.executable, "-m", "robustloader", words[0], f"{NAME}:make_chatty", *words[1:], "--json"]
+    command = [sys.executable, "-m", "robustloader", *words, "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert json.loads(ended.stdout)
     for line in (
