@@ -55,7 +55,7 @@ bench-cuda: $(BENCH_STAMP)  ## measure copies to a CUDA device and how long it i
 	$(PY) -m benchmarks.cuda --out benchmarks/results/cuda.json --page docs/benchmarks.md
 
 versions: $(STAMP)  ## the fast suite under other versions, one environment at a time (hours; VERSIONS='python3.12=2.6.0 …')
-	$(PY) -m tests.versions $(VERSIONS) -o benchmarks/results/versions.json
+	$(PY) -m tests.versions $(VERSIONS) -o benchmarks/results/versions.json --page docs/compatibility.md
 
 chaos: $(STAMP)  ## every situation in every mode, 20 times over (hours; goes on where it stopped)
 	$(PY) -m tests.chaos.full --rounds 20 -o benchmarks/results/chaos.json

@@ -5,7 +5,7 @@ Method: for each pair, one after another: an environment from nothing, torch of 
 else as ``constraints.txt`` pins it (except what torch itself asks for), the last commit unpacked beside it, mypy, and
 each file of ``PARTS`` in a pytest of its own, so that an interpreter that dies costs one file. Then the environment is
 removed. The result file is written after each file, names the commit of each, and keeps the pairs that it has: started
-again on the same commit, a run goes on where it stopped.
+again on the same commit, a run goes on where it stopped. ``--page PAGE.md`` puts the table of them all into a page.
 Trap: on Linux, PyPI's torch brings three gigabytes of CUDA or more; TMPDIR should be on a disk that holds 10 GB.
 Rerun: as above, with as many pairs as wanted; ``--only TEXT`` runs the files whose path contains it, without mypy;
 ``--before 'nice -n 19'`` puts a command before each step that computes. Exit status 1 when anything failed.
@@ -27,8 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import insert
 from tests.support.results import write_json
 
+BEGIN, END = "<!-- versions: begin -->", "<!-- versions: end -->"
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (
     "tests/unit",
@@ -237,11 +239,31 @@ def read_environments(path: Path | None) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["environments"]) if path is not None and path.exists() else []
 
 
+def render(environments: Sequence[dict[str, Any]]) -> str:
+    """The table of a page: what each environment showed."""
+    lines = ["| Python | torch | tests passed | failed | skipped | commit |", "|---|---|--:|--:|--:|---|"]
+    for entry in environments:
+        counts = entry["counts"]
+        commits = ", ".join(f"`{commit[:10]}`" for commit in entry["commits"])
+        lines.append(
+            f"| {entry['python']} | {entry['torch']} | {counts.get('passed', 0):,} | {counts.get('failed', 0)} "
+            f"| {counts.get('skipped', 0)} | {commits} |"
+        )
+    failures = [
+        f"* Python {entry['python']}, torch {entry['torch']}: `{failure['test']}`"
+        for entry in environments
+        for file in entry["files"].values()
+        for failure in file["failures"]
+    ]
+    return "\n".join([*lines, *(["", "What failed:", "", *failures] if failures else [])]) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pairs that were asked for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("pairs", nargs="+", metavar="PYTHON=TORCH", help="an interpreter and a version of torch")
+    parser.add_argument("pairs", nargs="*", metavar="PYTHON=TORCH", help="an interpreter and a version of torch")
     parser.add_argument("-o", "--out", type=Path, metavar="RESULT.json")
+    parser.add_argument("--page", type=Path, metavar="PAGE.md", help="where the table of the result goes, in the end")
     parser.add_argument("--only", metavar="TEXT")
     parser.add_argument("--before", default="", metavar="COMMAND")
     options = parser.parse_args(argv)
@@ -256,6 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ).to_dict()
         print(f"  {found['counts']}", flush=True)
         ok &= found["ok"]
+    if options.page is not None:
+        table = render(read_environments(options.out))
+        options.page.write_text(insert(options.page.read_text(), table, BEGIN, END))
     return 0 if ok else 1
 
 
