@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.contenders import OURS, WORKERS, peers, policy_pair, silence_peers, telemetry_pair
-from benchmarks.harness import Form, compare, measurement, note, start_up
+from benchmarks.harness import Form, chosen, compare, measurement, note, start_up
 from benchmarks.memory import peak_of
 from benchmarks.thresholds import judge
 from benchmarks.workloads import WORKLOADS
@@ -161,10 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--transport", default="auto", help="ours: auto, arena or pipe (default: auto)")
     parser.add_argument("--strict", action="store_true", help="exit status 1 where something falls short")
     options = parser.parse_args(arguments)
-    names = tuple(options.only.split(",")) if options.only else NAMES
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+    names = chosen(parser, options.only, NAMES)
     form = QUICK if options.quick else FULL
     if options.rounds:
         form = Form(**{**vars(form), "rounds": options.rounds, "fine_rounds": options.rounds})

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import machine
-from benchmarks.harness import close, note, turn_order, wait_until_quiet
+from benchmarks.harness import chosen, close, note, turn_order, wait_until_quiet
 from benchmarks.stats import paired_ratio, spread
 from benchmarks.tables import publish
 from benchmarks.workloads import WORKLOADS, Workload
@@ -369,14 +369,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the result and the page, print the tables; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="one round of short blocks, to see that it works")
-    parser.add_argument("--only", default=",".join(NAMES), help="workloads to copy, with commas (default: %(default)s)")
+    parser.add_argument("--only", metavar="NAMES", help=f"workloads to copy, some of: {','.join(NAMES)}")
     parser.add_argument("--device", default="cuda", help="the device (default: cuda); cpu measures nothing")
     parser.add_argument("--workers", type=int, help="worker processes (default: one per usable processor, at most 16)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cuda.json"), help="the result file")
     parser.add_argument("--page", type=Path, help="a page to put the tables into, between its markers")
     options = parser.parse_args(arguments)
-    if unknown := set(options.only.split(",")) - set(NAMES):
-        parser.error(f"argument --only: there is no {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    names = chosen(parser, options.only, NAMES)
     if options.device != "cpu" and not torch.cuda.is_available():
         print("there is no CUDA device: nothing measured", file=sys.stderr)
         return 2
@@ -384,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form = Form(1, 0.2, workers, 1) if options.short else Form(9, 3.0, workers, 64)
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     begun = time.monotonic()
-    result = run(Device(options.device), form, options.only.split(","))
+    result = run(Device(options.device), form, names)
     result["took_s"] = round(time.monotonic() - begun, 1)
     publish(result, render, options.out, options.page, BEGIN, END)
     return 0

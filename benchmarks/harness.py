@@ -8,13 +8,14 @@ The order changes from round to round. A ratio compares two blocks of the same r
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -328,6 +329,15 @@ def measurement(
         "ratios": ratios,
         "of_limit": limit["median"] if limit is not None and limited else None,
     }
+
+
+def chosen(parser: argparse.ArgumentParser, only: str | None, names: Iterable[str]) -> tuple[str, ...]:
+    """What ``--only`` names, with commas between, or all of ``names``; ends the program where one is unknown."""
+    known = tuple(names)
+    wanted = tuple(only.split(",")) if only else known
+    if unknown := [name for name in wanted if name not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+    return wanted
 
 
 def note(text: str) -> None:

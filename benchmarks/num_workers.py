@@ -42,7 +42,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks import machine
-from benchmarks.harness import close, note, turn_order
+from benchmarks.harness import chosen, close, note, turn_order
 from benchmarks.memory import shared_memory, tree_memory
 from benchmarks.stats import paired_ratio
 from benchmarks.thresholds import judge_study
@@ -712,10 +712,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
     parser.add_argument("--keep", action="store_true", help="kinds in the result that are not measured now stay there")
     options = parser.parse_args(argv)
-    chosen = options.only.split(",") if options.only else list(KINDS)
-    unknown = set(chosen) - set(KINDS)
-    if unknown:
-        parser.error(f"no such kind: {', '.join(sorted(unknown))}")
+    kinds = chosen(parser, options.only, KINDS)
     torch.set_num_threads(1)
     begun = time.monotonic()
     result: dict[str, Any] = {
@@ -732,10 +729,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if before.get("form", result["form"]) != result["form"]:
         parser.error(f"{options.out} is a result of the {before['form']} form: nothing of it can be kept")
-    kept = {kind: made for kind, made in before["kinds"].items() if kind not in chosen}
+    kept = {kind: made for kind, made in before["kinds"].items() if kind not in kinds}
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        for kind in chosen:
+        for kind in kinds:
             kept[kind] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
             kept[kind] |= study(kind, Path(name), QUICK if options.quick else FULL)
             result["kinds"] = {kind: kept[kind] for kind in KINDS if kind in kept}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, Literal, TypeVar, cast, get_args
@@ -41,7 +40,7 @@ from robustloader.policies import (
     check_choice,
 )
 from robustloader.state import LoaderState, check_setting
-from robustloader.system import host, torch_private
+from robustloader.system import host, limits, torch_private
 from robustloader.telemetry import EpochSummary, FaultLog, Recorder, Statistics
 
 __all__ = ["RobustDataLoader"]
@@ -108,7 +107,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         **kwargs: Any,
     ) -> None:
         if isinstance(num_workers, AutoWorkers) or num_workers == "auto":
-            num_workers = AutoWorkers.resolve(host.usable_cpus(), os.environ.get("LOCAL_WORLD_SIZE"))
+            num_workers = AutoWorkers.resolve(host.usable_cpus(), limits.local_world_size())
         if isinstance(num_workers, str) and num_workers.strip().lower() == "auto":  # other words are torch's business
             raise OptionError("num_workers", num_workers, 'a number, or "auto"')
         super().__init__(

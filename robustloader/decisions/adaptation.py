@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from robustloader.decisions.limits import Room
+from robustloader.decisions.limits import Room, plural
 from robustloader.decisions.tuning import KNEE_GAIN, OVERSUBSCRIPTION
 
 __all__ = ["Adaptation", "Step", "Window", "pooled"]
@@ -261,7 +261,8 @@ class Adaptation:
 
     def _go_back(self, trial: _Trial, seen: Window) -> Step:
         change = seen.rate / trial.before.rate - 1
-        speed = f"{_count(seen.workers)} loaded {seen.rate:.3g} batches/s, {trial.workers} {trial.before.rate:.3g}"
+        after = f"{plural(seen.workers, 'worker')} loaded {seen.rate:.3g} batches/s"
+        speed = f"{after}, {trial.workers} {trial.before.rate:.3g}"
         if seen.workers > trial.workers:
             self.roof = seen.workers
             reason = f"{speed}: {change:+.0%} is not worth more workers"
@@ -317,7 +318,8 @@ class Adaptation:
         if target >= workers:
             return None
         waits = "hardly waited" if never_waits else f"waited {seen.wait_share:.0%} of its time, but not for loading"
-        reason = f"the loop {waits}: {_count(workers)} {'was' if workers == 1 else 'were'} busy {seen.busy_share:.0%}"
+        were = "was" if workers == 1 else "were"
+        reason = f"the loop {waits}: {plural(workers, 'worker')} {were} busy {seen.busy_share:.0%}"
         return self._step(target, reason, _Trial(before=seen))
 
     # --- another situation
@@ -337,7 +339,3 @@ class Adaptation:
             self.floor, self.roof = 0, None
             self._usual, self._strange, self._since_forgotten = None, 0, 0
             self._patience *= 2
-
-
-def _count(workers: int) -> str:
-    return f"{workers} worker{'s' if workers != 1 else ''}"

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+from robustloader.decisions.limits import plural
+
 __all__ = ["Facts", "Verdict", "WorkerPace", "advise", "find_stragglers", "judge"]
 
 Verdict = Literal["input-bound", "compute-bound", "balanced", "warm-up"]
@@ -216,9 +218,9 @@ def _on_input_bound(facts: Facts) -> str:
         )
     if workers < cpus:
         wanted = max(workers + 1, min(math.ceil(workers * speedup), cpus))
-        return f"{_plural(workers, 'worker')} cannot keep up, {cpus} CPUs are usable: try num_workers={wanted}."
+        return f"{plural(workers, 'worker')} cannot keep up, {cpus} CPUs are usable: try num_workers={wanted}."
     return (
-        f"{_plural(workers, 'worker')} on {_plural(cpus, 'usable CPU')} cannot keep up: "
+        f"{plural(workers, 'worker')} on {plural(cpus, 'usable CPU')} cannot keep up: "
         "make samples cheaper (cache, precompute, resize)."
     )
 
@@ -259,7 +261,3 @@ def _share(part: float, whole: float) -> float:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2g} %" if fraction < 0.995 else f"{100 * fraction:.0f} %"
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

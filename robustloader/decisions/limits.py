@@ -32,6 +32,7 @@ __all__ = [
     "plan_relief",
     "plan_room",
     "plan_start",
+    "plural",
     "shm_remedy",
 ]
 
@@ -122,6 +123,11 @@ class Shortage:
     free: int
     text: str
     remedy: str
+
+
+def plural(number: int, noun: str) -> str:
+    """So many of it: "1 worker", "2 workers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def gib(size_bytes: float) -> str:

@@ -19,6 +19,7 @@ from robustloader.decisions.limits import (
     gib,
     headroom_bytes,
     plan_start,
+    plural,
 )
 
 __all__ = [
@@ -152,7 +153,7 @@ def plan_ceiling(
     share = max(1, cpus // max(1, ranks))
     busy = min(1.0, max(cpu_s / load_s if load_s > 0 else 1.0, 1 / OVERSUBSCRIPTION))
     workers = max(share, math.floor(share / busy))
-    reason = f"{_count(share, 'processor')} for this rank"
+    reason = f"{plural(share, 'processor')} for this rank"
     if workers > share:
         reason += f", and each worker waits at least {1 - busy:.0%} of its time"
     start = plan_start(workers, descriptors, processes)
@@ -429,10 +430,6 @@ def _causes(known: Iterable[frozenset[str]]) -> str:
 
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number:,} times"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:
