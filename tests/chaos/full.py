@@ -7,8 +7,8 @@ Elsewhere a process runs many, so that the fork server is warm: importing torch 
 workers pay that each time, and their rounds come last. After each row the process has nothing left of it (no child,
 descriptor, thread or shared memory). A row that fails or does not end within its limit is noted with what it
 said, its process is thrown away, and the rest goes on. The result file is written all the while; started again with the
-same file, it goes on where it stopped, if the package's code and the rounds are the same. ``--anew TEXT`` forgets rows
-first, for the day a row itself was mended.
+same file, it goes on where it stopped, if the rounds are the same and the code of every module of the package that
+the rows load. ``--anew TEXT`` forgets rows first, for the day a row itself was mended.
 Trap: rows that run side by side slow each other down; nothing here measures time except for the record.
 Rerun: as above; ``--only TEXT`` runs the rows whose name or mode contains it. Exit status 1 when anything failed.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import multiprocessing as mp
@@ -190,14 +191,23 @@ class Lane:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def loaded() -> str:
+    """A name for the code of all modules of the package that the rows load; the package imports none later on."""
+    code = hashlib.sha256()
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] == "robustloader" and module.__file__ is not None:
+            code.update(name.encode() + b"\0" + Path(module.__file__).read_bytes() + b"\0")
+    return code.hexdigest()
+
+
 def begin(options: argparse.Namespace) -> dict[str, Any]:
     """A fresh result, or the one to go on with."""
-    setting = describe(":/tests")
+    setting = {**describe(":/tests"), "loaded": loaded()}
     fresh = {"what": "chaos", **setting, "rounds": options.rounds, "ok": False, "passed": 0, "failed": 0, "rows": {}}
     if options.output is None or not options.output.exists():
         return fresh
     before: dict[str, Any] = json.loads(options.output.read_text())
-    same = before["commit"]["package"] == setting["commit"]["package"] and before["rounds"] == options.rounds
+    same = before.get("loaded") == setting["loaded"] and before["rounds"] == options.rounds
     if not same or before["commit"]["dirty"] or setting["commit"]["dirty"]:
         return fresh
     return {**before, "commit": setting["commit"]}

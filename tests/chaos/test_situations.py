@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -94,6 +96,19 @@ def test_the_full_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     again = json.loads(path.read_text())["rows"]
     assert again[good] == result["rows"][good]
     assert again[bad]["failed"] == 0
-    setting["commit"]["package"] = "other code"
+    monkeypatch.setattr(full, "loaded", lambda: "other code")
     assert full.main(["--only", "nothing", "--rounds", "2", "-o", str(path)]) == 0
     assert json.loads(path.read_text())["passed"] == 0
+
+
+def test_the_code_that_rows_load_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one once a module of the package that is loaded changes, whatever others are changed."""
+    before = full.loaded()
+    module = ModuleType("robustloader.another")
+    module.__file__ = str(tmp_path / "another.py")
+    Path(module.__file__).write_text("x = 1\n")
+    assert full.loaded() == before
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with_it = full.loaded()
+    Path(module.__file__).write_text("x = 2\n")
+    assert len({before, with_it, full.loaded()}) == 3
