@@ -10,12 +10,13 @@ Method: each kind with 0 to 8 workers, through this project's loader and torch's
     own, spread over the same rounds; its error is |simulated − measured| / measured. ``tune()`` has a fifth of the time
     that the sweep of this loader took. Its choice and ``num_workers="auto"`` then meet the sweep's best in further
     rounds: the ratio of two turns of one round counts, not a rate against one that was measured minutes before. Of
-    ``"auto"`` one epoch of ``AUTO_S`` seconds is measured: its last third, and the whole of it. Its workers are counted
-    four times a second.
+    ``"auto"`` one epoch of ten seconds is measured: its last third, and the whole of it. Its workers are counted ten
+    times a second.
 Trap: turns follow each other on one machine that may slow down meanwhile: compare within a row. On a machine that
     does something else too, the figures mean nothing.
 Rerun: ``python -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images`` (20 minutes on
-    a quiet machine of two cores), or ``--quick`` for a form that proves that it runs. Then
+    a quiet machine of two cores), or ``--quick`` for a form that proves that it runs, or ``--simulate`` after a change of the
+    simulator only. Then
     ``python -m benchmarks.workers_page benchmarks/results/num_workers.json docs/guide/num-workers.md``.
 """
 
@@ -48,6 +49,7 @@ from benchmarks.stats import paired_ratio
 from benchmarks.thresholds import judge_study
 from benchmarks.workloads import WORKLOADS, Workload
 from robustloader import MemoryPolicy, RobustDataLoader, TelemetryPolicy, tune
+from robustloader.decisions.processors import Scheduler
 from robustloader.decisions.simulator import LoadTime, Setup, simulate
 from robustloader.decisions.tuning import OVERSUBSCRIPTION
 from robustloader.events import Event, TaskLoaded
@@ -420,11 +422,29 @@ def simulated(
             workers=number,
             load=load if number else alone,
             cores=cores,
+            scheduler=Scheduler.linux(int(cores)) if float(cores).is_integer() else None,
             prefetch_factor=PREFETCH,
             **{name: facts[name] for name in ("send_s", "cross_s", "wake_s", "contention")},
         )
         rates[number] = simulate(setup, batches).batches_per_s
     return rates
+
+
+def validation(
+    facts: Mapping[str, float],
+    times_s: Sequence[float],
+    by_workers: Sequence[Mapping[str, Any]],
+    *,
+    cores: float,
+    batches: int,
+) -> dict[str, Any]:
+    """The simulated curve, and how far it is from the one that was measured, as they stand in the result."""
+    ours = {row["workers"]: row[OURS]["batches_per_s"] for row in by_workers}
+    rates = simulated(facts, times_s, tuple(ours), cores=cores, batches=batches)
+    return {
+        "simulated": {str(number): rate for number, rate in rates.items()},
+        "simulator_error": {str(number): abs(rate - ours[number]) / ours[number] for number, rate in rates.items()},
+    }
 
 
 # --- the choices ------------------------------------------------------------------------------------------------------
@@ -566,9 +586,8 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
     settings = [{"workers": number} for number in form.workers]
     by_workers, spent = sweep(workload, folder, settings, form.rounds, form.turn_s, between=calibration.measure)
     facts, times_s = calibration.facts(), [round(time_s, 7) for time_s in calibration.times_s[:KEPT_TIMES]]
-    expected = simulated(facts, times_s, form.workers, cores=usable_cpus(), batches=form.simulated)
+    curve = validation(facts, times_s, by_workers, cores=usable_cpus(), batches=form.simulated)
     ours = {row["workers"]: row[OURS]["batches_per_s"] for row in by_workers}
-    errors = {number: abs(expected[number] - ours[number]) / ours[number] for number in form.workers}
     best = max(ours, key=lambda number: ours[number])
     some = max(1, best)
     note(f"{kind}: best {best}, {time.perf_counter() - begun:.0f} s")
@@ -611,8 +630,7 @@ def study(kind: str, folder: Path, form: Form) -> dict[str, Any]:
         "pin_memory": pinning(workload, folder, some, form),
         "calibration": facts,
         "load_times_s": times_s,
-        "simulated": {str(number): rate for number, rate in expected.items()},
-        "simulator_error": {str(number): error for number, error in errors.items()},
+        **curve,
         "best": best,
         "tuned": {**tuned, "workers": report.best, "took_s": tuning, "sweep_s": spent[OURS], "reason": report.reason},
         "auto": auto,
@@ -703,6 +721,21 @@ def _finish(figure: Any, panels: Iterable[Any], path: Path) -> None:
     plt.close(figure)
 
 
+def simulate_anew(result: dict[str, Any]) -> None:
+    """The simulated curves, from what was measured for them."""
+    form = QUICK if result["form"] == "quick" else FULL
+    for made in result["kinds"].values():
+        made |= validation(
+            made["calibration"],
+            made["load_times_s"],
+            made["workers"],
+            cores=result["machine"]["usable_cores"],
+            batches=form.simulated,
+        )
+    result["simulated_at"] = machine.describe()["commit"]
+    result["verdicts"] = [verdict.to_dict() for verdict in judge_study(result["kinds"])]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, draw, judge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -711,11 +744,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/num_workers.json"))
     parser.add_argument("--plot", type=Path, metavar="FOLDER")
     parser.add_argument("--keep", action="store_true", help="kinds in the result that are not measured now stay there")
+    parser.add_argument(
+        "--simulate", action="store_true", help="measure nothing: only the result's simulated curves anew"
+    )
     options = parser.parse_args(argv)
+    if options.simulate:
+        if not options.out.exists():
+            parser.error(f"{options.out} does not exist: measure first, or name a result with --out")
+        result = json.loads(options.out.read_text())
+        simulate_anew(result)
+        finish(result, options.out, options.plot)
+        return
     kinds = chosen(parser, options.only, KINDS)
     torch.set_num_threads(1)
     begun = time.monotonic()
-    result: dict[str, Any] = {
+    result = {
         "schema": 1,
         "form": "quick" if options.quick else "full",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -738,14 +781,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             result["kinds"] = {kind: kept[kind] for kind in KINDS if kind in kept}
             result["took_s"] = round(before["took_s"] + time.monotonic() - begun, 1)
             result["verdicts"] = [verdict.to_dict() for verdict in judge_study(result["kinds"])]
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if options.plot:
-        draw(result, options.plot)
+            write(result, options.out)
+    finish(result, options.out, options.plot)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def finish(result: dict[str, Any], path: Path, plots: Path | None) -> None:
+    """Write, draw, and say how it went."""
+    write(result, path)
+    if plots:
+        draw(result, plots)
     verdicts = list(judge_study(result["kinds"]))
     print("\n".join(map(str, verdicts)))
     short = sum(verdict.passed is False for verdict in verdicts)
-    print(f"{len(verdicts)} lines, {short} fall short; {options.out}, {result['took_s']:.0f} s")
+    print(f"{len(verdicts)} lines, {short} fall short; {path}, {result['took_s']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Event-driven and deterministic given a seed; no clock is read and no process started. Loading a batch has two parts: a
 wait (storage, a network), which any number of workers do at the same time, and work, for which workers and the training
-process share the processors evenly. A batch that crosses costs work on both sides: the worker sends, the training
-process receives. The training process takes batches in order; a step follows each.
+process share the processors. A batch that crosses costs work on both sides: the worker sends, the training process
+receives. The training process takes batches in order; a step follows each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Self
+
+from robustloader.decisions.processors import Lines, Processors, Scheduler, Shared
 
 __all__ = ["LoadTime", "Outcome", "Setup", "Survival", "simulate", "survive"]
 
@@ -75,6 +77,8 @@ class Setup:
         cores: shared by the workers and the training process; a quota may make it a fraction.
         siblings: hardware threads beyond one a core (SMT): a process there shares a core with another one.
         sibling_gain: what such a second thread adds, as a share of a core.
+        scheduler: who has a processor when; None shares all of them evenly at any moment. With one ``cores`` and
+            ``siblings`` are whole numbers. It matters where a batch takes less than a millisecond or so.
         contention: how much longer work takes for each further process that runs at the same time, as a share: caches
             and the memory are shared too.
         wake_s: until a process that slept for want of a task, or of a batch, goes on.
@@ -87,6 +91,9 @@ class Setup:
         death_every_s: mean time between the deaths of one worker (exponential); None for never.
         restart_s: from a death until the successor can load; None: the first death ends the job, as in a loader that
             does not recover.
+
+    Raises:
+        ValueError: there is a scheduler for part of a processor, or for endless ones.
     """
 
     workers: int
@@ -94,6 +101,7 @@ class Setup:
     cores: float = math.inf
     siblings: float = 0.0
     sibling_gain: float = 0.3
+    scheduler: Scheduler | None = None
     contention: float = 0.0
     wake_s: float = 0.0
     send_s: float = 0.0
@@ -105,8 +113,22 @@ class Setup:
     death_every_s: float | None = None
     restart_s: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.scheduler is not None and not float(self.cores + self.siblings).is_integer():
+            raise ValueError(
+                f"cores={self.cores}, siblings={self.siblings}: a scheduler needs whole processors; leave it out, or "
+                "give whole numbers"
+            )
+
+    def processors(self) -> Processors:
+        """Those of this machine, with nothing to do yet."""
+        if self.scheduler is None:
+            return Shared(self.speed)
+        return Lines(int(self.cores + self.siblings), self.speed, self.scheduler)
+
     def speed(self, processes: int) -> float:
-        """How fast each of so many processes runs at once, 1 where it is alone on the machine."""
+        """How fast each of so many processes runs that share the processors evenly, 1 where it is alone on the
+        machine."""
         running = min(processes, self.cores + self.siblings)
         slowdown = 1 + self.contention * max(0.0, running - 1)
         if processes <= self.cores:
@@ -175,13 +197,10 @@ class _Worker:
     life: int = 0
     up: bool = False
     busy: bool = False
-    working: bool = False
 
 
 class _Simulation:
-    """Events lie in two heaps: those at a time, and ends of work, which lie at a *service*: how much work a processor
-    would have done that was shared by all from the start (processor sharing in virtual time, so that an arrival does
-    not move every other end)."""
+    """Events at a time lie in a heap here; the processors know when work ends."""
 
     def __init__(self, setup: Setup, batches: int, chance: random.Random) -> None:
         self._setup = setup
@@ -189,10 +208,11 @@ class _Simulation:
         self._chance = chance
         self._draws = setup.load.draw(chance)
         self._workers = [_Worker() for _ in range(setup.workers)]
-        self._now = self._service = self._work_s = 0.0
+        self._processors = setup.processors()
+        self._now = 0.0
         self._timed: list[tuple[float, int, str, int, int]] = []
-        self._ends: list[tuple[float, int, str, int, int]] = []
-        self._working = self._number = 0
+        self._doing: dict[int, str] = {}
+        self._number = 0
         self._loads: dict[int, float] = {}
         self._ready: set[int] = set()
         self._given = self._wanted = self._deaths = 0
@@ -217,19 +237,18 @@ class _Simulation:
             elif kind == "loaded":
                 self._load_done(number)
             elif kind == "woken":
-                self._want()
+                self._want(goes_on=False)
             elif kind == "crossed":
                 self._crossed()
             elif kind == "computed":
-                self._at(self._setup.step_s * (1 - self._setup.step_work_fraction), "stepped")
-            else:  # stepped
-                self._wanted += 1
-                self._want()
+                self._computed()
+            else:
+                self._stepped(goes_on=False)
         return Outcome(
             batches=self._wanted,
             duration_s=self._now,
             wait_s=self._wait_s + (self._now - self._waits_since if lost and self._waiting else 0.0),
-            work_s=self._work_s,
+            work_s=self._processors.work_s,
             first_batch_s=self._first_s,
             deaths=self._deaths,
             lost=lost,
@@ -244,35 +263,27 @@ class _Simulation:
         self._number += 1
         heapq.heappush(self._timed, (self._now + after_s, self._number, kind, number, self._life(number)))
 
-    def _occupy(self, work_s: float, kind: str, number: int = _TRAINER) -> None:
-        """A process becomes one of those that share the processors, until so much work is done."""
-        self._working += 1
-        self._number += 1
-        heapq.heappush(self._ends, (self._service + work_s, self._number, kind, number, self._life(number)))
+    def _occupy(self, work_s: float, kind: str, number: int = _TRAINER, *, goes_on: bool = False) -> None:
+        """A process has work to do, after which there is an event of this kind."""
+        self._doing[number] = kind
+        self._processors.begin(number, work_s, goes_on=goes_on)
 
     def _advance(self) -> tuple[str, int]:
         """Go to the next event that is not void."""
         while True:
-            while self._ends and self._ends[0][4] != self._life(self._ends[0][3]):
-                heapq.heappop(self._ends)
-            speed = self._setup.speed(self._working)
-            end_s = self._now + (self._ends[0][0] - self._service) / speed if self._ends else math.inf
-            if self._timed and self._timed[0][0] <= end_s:
+            next_s = self._processors.next_s()
+            if self._timed and self._timed[0][0] <= self._now + next_s:
                 at, _, kind, number, life = heapq.heappop(self._timed)
-                self._serve((at - self._now) * speed)
+                self._processors.advance(at - self._now)
                 self._now = at
                 if life == self._life(number):
                     return kind, number
                 continue
-            service, _, kind, number, _ = heapq.heappop(self._ends)
-            self._serve(service - self._service)
-            self._now = end_s
-            self._working -= 1
-            return kind, number
-
-    def _serve(self, service: float) -> None:
-        self._service += service
-        self._work_s += service * self._working
+            self._processors.advance(next_s)
+            self._now += next_s
+            done = self._processors.happen()
+            if done is not None:
+                return self._doing[done], done
 
     # --- workers
 
@@ -286,23 +297,26 @@ class _Simulation:
         self._workers[number].tasks.append(task)
         self._begin(number, wake_s=self._setup.wake_s)
 
-    def _begin(self, number: int, *, wake_s: float = 0.0) -> None:
+    def _begin(self, number: int, *, wake_s: float | None = None) -> None:
+        """Load the next batch, if nothing speaks against it; a worker that slept wakes first."""
         worker = self._workers[number]
         if not worker.up or worker.busy or not worker.tasks:
             return
         worker.busy = True
-        self._at(wake_s + self._loads[worker.tasks[0]] * (1 - self._setup.load.work_fraction), "waited", number)
+        wait_s = self._loads[worker.tasks[0]] * (1 - self._setup.load.work_fraction)
+        if wait_s or wake_s is not None:
+            self._at(wait_s + (wake_s or 0.0), "waited", number)
+        else:
+            self._work(number, goes_on=True)
 
-    def _work(self, number: int) -> None:
+    def _work(self, number: int, *, goes_on: bool = False) -> None:
         """Load, then send: one piece of work."""
-        worker = self._workers[number]
-        worker.working = True
-        work_s = self._loads[worker.tasks[0]] * self._setup.load.work_fraction
-        self._occupy(work_s + self._setup.send_s, "loaded", number)
+        work_s = self._loads[self._workers[number].tasks[0]] * self._setup.load.work_fraction
+        self._occupy(work_s + self._setup.send_s, "loaded", number, goes_on=goes_on)
 
     def _load_done(self, number: int) -> None:
         worker = self._workers[number]
-        worker.busy = worker.working = False
+        worker.busy = False
         task = worker.tasks.pop(0)
         del self._loads[task]
         self._ready.add(task)
@@ -314,14 +328,14 @@ class _Simulation:
         self._workers[number].up = True
         if self._setup.death_every_s is not None:
             self._at(self._chance.expovariate(1 / self._setup.death_every_s), "died", number)
-        self._begin(number)
+        self._begin(number, wake_s=0.0)
 
     def _die(self, number: int) -> bool:
         """Whether the job is lost."""
         worker = self._workers[number]
         self._deaths += 1
-        self._working -= worker.working
-        worker.up = worker.busy = worker.working = False
+        self._processors.stop(number)
+        worker.up = worker.busy = False
         worker.life += 1
         if self._setup.restart_s is None:
             return True
@@ -330,21 +344,36 @@ class _Simulation:
 
     # --- the trainer
 
-    def _want(self) -> None:
+    def _want(self, *, goes_on: bool) -> None:
         """Take the next batch if it is there, else wait for it."""
         if not self._waiting:
             self._waiting, self._waits_since = True, self._now
         if self._wanted in self._ready:
             self._ready.remove(self._wanted)
             self._waiting = False
-            self._occupy(self._setup.cross_s, "crossed")
+            self._occupy(self._setup.cross_s, "crossed", goes_on=goes_on)
 
     def _crossed(self) -> None:
         self._wait_s += self._now - self._waits_since
         if not self._wanted:
             self._first_s = self._now
         self._give()
-        self._occupy(self._setup.step_s * self._setup.step_work_fraction, "computed")
+        work_s = self._setup.step_s * self._setup.step_work_fraction
+        if work_s:
+            self._occupy(work_s, "computed", goes_on=True)
+        else:
+            self._computed()
+
+    def _computed(self) -> None:
+        wait_s = self._setup.step_s * (1 - self._setup.step_work_fraction)
+        if wait_s:
+            self._at(wait_s, "stepped")
+        else:
+            self._stepped(goes_on=True)
+
+    def _stepped(self, *, goes_on: bool) -> None:
+        self._wanted += 1
+        self._want(goes_on=goes_on)
 
 
 # --- many ranks -------------------------------------------------------------------------------------------------------

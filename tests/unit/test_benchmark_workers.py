@@ -173,6 +173,22 @@ def test_the_simulator_still_draws_the_curves_that_were_committed() -> None:
             assert rate == pytest.approx(made["simulated"][str(workers)], rel=0.001), (kind, workers)
 
 
+def test_curves_are_simulated_anew_from_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a change of the simulator; what was measured stays as it is."""
+    _, result = committed()
+    kind = "latency-bound"
+    result["kinds"] = {kind: result["kinds"][kind]}
+    spoilt = copy.deepcopy(result)
+    spoilt["kinds"][kind]["simulated"]["2"] = spoilt["kinds"][kind]["simulator_error"]["2"] = 0.5
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(spoilt))
+    main(["--simulate", "--out", str(path)])
+    assert json.loads(path.read_text())["kinds"] == result["kinds"]
+    with pytest.raises(SystemExit):
+        main(["--simulate", "--out", str(tmp_path / "absent.json")])
+    assert "absent.json does not exist" in capsys.readouterr().err
+
+
 # --- the page
 
 

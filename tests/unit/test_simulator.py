@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robustloader.decisions.processors import Scheduler
 from robustloader.decisions.simulator import LoadTime, Setup, simulate, survive
 
 
@@ -163,6 +164,22 @@ def test_processes_that_share_a_memory_slow_each_other_down(workers: int, batche
     assert rate(workers=workers, load=constant(), cores=2, contention=0.5) == pytest.approx(batches_per_s, rel=0.01)
 
 
+@pytest.mark.parametrize(("load_s", "least", "most"), [(0.0002, 0.75, 0.92), (0.02, 0.98, 1.0)])
+def test_small_batches_leave_processors_idle(load_s: float, least: float, most: float) -> None:
+    """Two workers and the trainer on two processors, where each side's crossing takes a third of the load time: with
+    loads of 0.2 ms somebody often waits in line beside an idle processor, with 20 ms hardly ever."""
+    facts = {"workers": 2, "load": constant(load_s), "cores": 2, "send_s": load_s / 3, "cross_s": load_s / 3}
+    shared, queued = rate(**facts), rate(**facts, scheduler=Scheduler.linux(2))
+    assert shared == pytest.approx(2 / (load_s * 5 / 3), rel=0.01)
+    assert least <= queued / shared <= most
+
+
+@pytest.mark.parametrize("cores", [1.5, math.inf])
+def test_a_scheduler_has_whole_processors(cores: float) -> None:
+    with pytest.raises(ValueError, match="whole"):
+        Setup(workers=1, load=constant(), cores=cores, scheduler=Scheduler.linux(2))
+
+
 def test_who_slept_goes_on_a_little_later() -> None:
     """Without lookahead worker and trainer sleep in turn: 100 ms of loading, 20 of receiving, and two wake-ups."""
     facts = {"workers": 1, "load": constant(), "cross_s": 0.02, "wake_s": 0.01}
@@ -203,12 +220,24 @@ _LOADS = st.one_of(
     st.builds(LoadTime.observed, st.lists(_SECONDS, min_size=1, max_size=5).map(tuple), work_fraction=st.floats(0, 1)),
 )
 
+
+def setup(*, cores: float, scheduler: Scheduler | None, **facts: Any) -> Setup:
+    """A scheduler only where there are whole processors."""
+    return Setup(cores=cores, scheduler=scheduler if math.isfinite(cores) and cores.is_integer() else None, **facts)
+
+
+_SCHEDULERS = st.one_of(
+    st.none(),
+    st.builds(Scheduler, migration_cost_s=st.floats(0, 1), slice_s=st.floats(0.001, 1)),
+)
+
 _SETUPS = st.builds(
-    Setup,
+    setup,
     workers=st.integers(0, 6),
     load=_LOADS,
     cores=st.sampled_from((0.5, 1.0, 2.0, 3.5, math.inf)),
     siblings=st.sampled_from((0.0, 1.0, 4.0)),
+    scheduler=_SCHEDULERS,
     contention=st.sampled_from((0.0, 0.4)),
     wake_s=st.floats(0, 0.1),
     send_s=st.floats(0, 0.1),
@@ -259,6 +288,10 @@ def test_a_slower_clock_changes_nothing_else(setup: Setup, batches: int, factor:
             setup.load,
             mean_s=setup.load.mean_s * factor,
             observed_s=tuple(factor * time_s for time_s in setup.load.observed_s),
+        ),
+        scheduler=setup.scheduler
+        and Scheduler(
+            migration_cost_s=setup.scheduler.migration_cost_s * factor, slice_s=setup.scheduler.slice_s * factor
         ),
         **{name: getattr(setup, name) * factor for name in ("wake_s", "send_s", "cross_s", "step_s", "start_s")},
     )
