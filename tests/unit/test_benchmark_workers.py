@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.num_workers import FULL, QUICK, Calibration, Look, Turn, batch_sizes, least_idle, simulated, to_device
+from benchmarks.num_workers import (
+    FULL,
+    QUICK,
+    Calibration,
+    Look,
+    Turn,
+    batch_sizes,
+    least_idle,
+    main,
+    simulated,
+    to_device,
+)
 from benchmarks.thresholds import judge_study
 from benchmarks.workers_page import RESULT, fill, markers, render
 from benchmarks.workloads import WORKLOADS
