@@ -36,8 +36,10 @@ def await_death(pid: int) -> None:
 
 
 def kill(pid: int, number: int) -> None:
-    """Send a signal that ends the process, and wait for its end."""
-    os.kill(pid, number)
+    """Send a signal that ends the process, and wait for its end. A fork server may have reaped it: then it was killed
+    before, and nobody has noticed yet."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
     await_death(pid)
 
 
