@@ -178,7 +178,7 @@ class Lines:
         take_over_s = max(0.0, cold_at + self._scheduler.migration_cost_s - self._now)
         soonest_s = math.inf
         for place, line in enumerate(self._lines):
-            after_s = line[0].left_s / speed if line else take_over_s
+            after_s = max(0.0, line[0].left_s / speed) if line else take_over_s
             slice_s = max(0.0, self._scheduler.slice_s - line[0].used_s) if len(line) > 1 else math.inf
             if min(after_s, slice_s) < soonest_s:
                 soonest_s, self._next, self._ends = min(after_s, slice_s), place, after_s <= slice_s
