@@ -25,13 +25,15 @@ import torch
 
 from benchmarks import machine
 from benchmarks.contenders import OURS, WORKERS, peers, policy_pair, silence_peers, telemetry_pair
-from benchmarks.harness import Form, chosen, compare, measurement, note, start_up
+from benchmarks.harness import Form, chosen, compare, compare_anew, measurement, note, start_up
 from benchmarks.memory import peak_of
 from benchmarks.thresholds import judge
 from benchmarks.workloads import WORKLOADS
 
-FULL = Form(rounds=24, block_s=0.25, budget_s=40, fine_rounds=60)
-QUICK = Form(rounds=5, block_s=0.04, budget_s=3, min_rounds=2, min_batches=4, max_batches=500, fine_rounds=10)
+FULL = Form(rounds=24, block_s=0.25, budget_s=40, fine_starts=14, fine_rounds=6)
+QUICK = Form(
+    rounds=5, block_s=0.04, budget_s=3, min_rounds=2, min_batches=4, max_batches=500, fine_starts=2, fine_rounds=3
+)
 
 SPECIAL = ("first-batch", "memory", "policies", "policies-tiny", "telemetry")
 """Measurements that are not simply a workload; ``first-batch`` yields ``short-epoch`` as well."""
@@ -49,7 +51,7 @@ def measure(name: str, form: Form, folder: Path, *, quick: bool, transport: str)
     if name in pair:
         workload, make = pair[name]
         two = make(transport)
-        results = compare(workload, two, form, folder, rounds=form.fine_rounds, limit=False)
+        results = compare_anew(workload, two, form, folder)
         what = f"{two[0].name} against {two[1].name}: {workload.what}"
         return {name: measurement(what, "ms a batch", results, two[0].name)}
     if name == "first-batch":
@@ -164,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = chosen(parser, options.only, NAMES)
     form = QUICK if options.quick else FULL
     if options.rounds:
-        form = Form(**{**vars(form), "rounds": options.rounds, "fine_rounds": options.rounds})
+        form = Form(**{**vars(form), "rounds": options.rounds, "fine_starts": options.rounds})
     with warnings.catch_warnings():
         silence_peers()
         result = run(names, form, options.out, quick=options.quick, transport=options.transport)

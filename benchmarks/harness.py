@@ -13,6 +13,7 @@ import contextlib
 import gc
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from benchmarks.contenders import WORKERS, Contender, release
 from benchmarks.stats import paired_ratio, spread
 from benchmarks.workloads import Workload
 
-__all__ = ["LIMIT", "Form", "compare", "measurement", "start_up"]
+__all__ = ["LIMIT", "Form", "compare", "compare_anew", "measurement", "start_up"]
 
 LIMIT = "limit"
 """The name of the same fetch and collate with no crossing at all, divided by the cores that the workers can use."""
@@ -46,7 +47,8 @@ class Form:
         min_rounds: but no fewer than these.
         min_batches: no block counts fewer.
         max_batches: nor more.
-        fine_rounds: rounds where two settings of one loader are compared, which differ by little.
+        fine_starts: how often two settings of one loader, which differ by little, are started anew.
+        fine_rounds: rounds of each such start.
     """
 
     rounds: int
@@ -55,6 +57,7 @@ class Form:
     min_rounds: int = 3
     min_batches: int = 8
     max_batches: int = 4000
+    fine_starts: int
     fine_rounds: int
 
 
@@ -135,6 +138,26 @@ def compare(
     for entrant in entrants:
         divisor = usable_cores() if entrant.name == LIMIT else 1
         results[entrant.name] = entrant.cannot or [taken * 1e3 / divisor for taken in entrant.taken]
+    return results
+
+
+def compare_anew(
+    workload: Workload, contenders: Sequence[Contender], form: Form, folder: Path
+) -> dict[str, list[float] | str]:
+    """The same for settings that differ by little, without the limit: the medians of start after start.
+
+    Equal loaders that live through all rounds differ by several per cent from each other, by where in memory their
+    batches happen to lie. Each start draws that anew, and who comes first changes with it.
+    """
+    results: dict[str, list[float] | str] = {contender.name: [] for contender in contenders}
+    for number in range(form.fine_starts):
+        made = compare(workload, turn_order(contenders, number), form, folder, rounds=form.fine_rounds, limit=False)
+        for name, taken in made.items():
+            so_far = results[name]
+            if isinstance(taken, str):
+                results[name] = taken
+            elif not isinstance(so_far, str):
+                so_far.append(statistics.median(taken))
     return results
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import harness
 from benchmarks.__main__ import FULL, NAMES
-from benchmarks.harness import LIMIT, Form, affordable, block_size, equal, measurement, turn_order
+from benchmarks.contenders import policy_pair
+from benchmarks.harness import LIMIT, Form, affordable, block_size, compare_anew, equal, measurement, turn_order
 from benchmarks.stats import paired_ratio, spread
 from benchmarks.tables import BEGIN, END, insert, render
 from benchmarks.thresholds import THRESHOLDS, judge
@@ -63,7 +66,7 @@ def test_everyone_comes_first_equally_often() -> None:
 
 
 def test_slow_workloads_get_fewer_rounds_but_some() -> None:
-    form = Form(rounds=24, block_s=0.25, budget_s=50, fine_rounds=3)
+    form = Form(rounds=24, block_s=0.25, budget_s=50, fine_starts=3, fine_rounds=3)
     assert affordable(24, round_s=1.0, form=form) == 24
     assert affordable(24, round_s=5.0, form=form) == 10
     assert affordable(24, round_s=500.0, form=form) == 3
@@ -74,8 +77,32 @@ def test_slow_workloads_get_fewer_rounds_but_some() -> None:
     ("batch_s", "granule", "batches"), [(0.01, 1, 25), (0.01, 20, 40), (9.0, 1, 8), (1e-9, 1, 4000)]
 )
 def test_a_block_is_as_long_as_wanted(batch_s: float, granule: int, batches: int) -> None:
-    form = Form(rounds=3, block_s=0.25, budget_s=50, fine_rounds=3)
+    form = Form(rounds=3, block_s=0.25, budget_s=50, fine_starts=3, fine_rounds=3)
     assert block_size(batch_s, form, granule) == batches
+
+
+def test_a_start_counts_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each start's median, from a comparison of its own, and each setting comes first in half of them."""
+    on, off = policy_pair("auto")
+    orders = []
+
+    def compare(workload: Any, contenders: Any, form: Form, folder: Path, **options: Any) -> dict[str, list[float]]:
+        orders.append([contender.name for contender in contenders])
+        return {contender.name: [float(len(orders)), 9.0, 0.0] for contender in contenders}
+
+    monkeypatch.setattr(harness, "compare", compare)
+    form = replace(FULL, fine_starts=4)
+    assert compare_anew(WORKLOADS["tiny"], (on, off), form, tmp_path) == dict.fromkeys(
+        (on.name, off.name), [1.0, 2.0, 3.0, 4.0]
+    )
+    assert Counter(order[0] for order in orders) == {on.name: 2, off.name: 2}
+
+
+def test_who_cannot_do_the_work_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on, off = policy_pair("auto")
+    monkeypatch.setattr(harness, "compare", lambda *args, **options: {on.name: "it is ill", off.name: [1.0]})
+    found = compare_anew(WORKLOADS["tiny"], (on, off), replace(FULL, fine_starts=2), tmp_path)
+    assert found == {on.name: "it is ill", off.name: [1.0, 1.0]}
 
 
 # --- fairness
