@@ -15,8 +15,8 @@ Method: each kind with 0 to 8 workers, through this project's loader and torch's
 Trap: turns follow each other on one machine that may slow down meanwhile: compare within a row. On a machine that
     does something else too, the figures mean nothing.
 Rerun: ``python -m benchmarks.num_workers --out benchmarks/results/num_workers.json --plot docs/images`` (20 minutes on
-    a quiet machine of two cores), or ``--quick`` for a form that proves that it runs, or ``--simulate`` after a change of the
-    simulator only. Then
+    a quiet machine of two cores), or ``--quick`` for a form that proves that it runs, or ``--simulate`` after a change
+    of the simulator only. Then
     ``python -m benchmarks.workers_page benchmarks/results/num_workers.json docs/guide/num-workers.md``.
 """
 

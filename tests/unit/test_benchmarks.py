@@ -92,9 +92,8 @@ def test_a_start_counts_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     monkeypatch.setattr(harness, "compare", compare)
     form = replace(FULL, fine_starts=4)
-    assert compare_anew(WORKLOADS["tiny"], (on, off), form, tmp_path) == dict.fromkeys(
-        (on.name, off.name), [1.0, 2.0, 3.0, 4.0]
-    )
+    found = compare_anew(WORKLOADS["tiny"], (on, off), form, tmp_path)
+    assert found == {name: [1.0, 2.0, 3.0, 4.0] for name in (on.name, off.name)}
     assert Counter(order[0] for order in orders) == {on.name: 2, off.name: 2}
 
 
