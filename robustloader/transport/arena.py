@@ -205,7 +205,7 @@ class Arena:
             return None
         view = self._mapping.slice(extent.offset, nbytes)
         self._leases.add(view, extent.offset, nbytes)
-        return torch.frombuffer(view, dtype=dtype).view(shape)
+        return torch.frombuffer(view, dtype=dtype).resize_(shape)  # view() would make it one in autograd's eyes
 
     def place(self, parcel: Parcel) -> Parcel:
         """The parcel with its buffers in the arena: found there, or copied to it; as they were where there is no

@@ -246,7 +246,7 @@ def _row_major(size: tuple[int, ...]) -> tuple[int, ...]:
 
 def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Tensor:
     tensor = torch.frombuffer(data, dtype=_DTYPES[code])
-    return tensor if len(size) == 1 else tensor.view(size)
+    return tensor if len(size) == 1 else tensor.resize_(size)  # view() would make it one in autograd's eyes
 
 
 def _alias(

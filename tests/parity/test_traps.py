@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from robustloader import RobustDataLoader
 from tests.support import parity_data as data
@@ -519,6 +519,39 @@ def test_odd_things_cross_uncollated(mode: str, function: Any) -> None:
     """A trainer gets them from a worker as it gets them from torch's: types, dtypes, strides, and free to write to."""
     arguments = {"batch_size": None, "num_workers": 1, "collate_fn": data.identity}
     assert_same(Program(lambda: {"dataset": data.Shared(2, function), **arguments}), mode)
+
+
+def rows(index: int, length: int = 4) -> torch.Tensor:
+    """A small tensor, or a large one."""
+    return torch.arange(length) + float(index)
+
+
+def large_rows(index: int) -> torch.Tensor:
+    """One whose batches are laid into the arena."""
+    return rows(index, 4_000)
+
+
+def detached_in_place(samples: list[Any]) -> Any:
+    """What ``default_collate`` makes is no view: autograd lets these two happen to it."""
+    with torch.no_grad():
+        batch = default_collate(samples)
+    batch.mul_(torch.ones(batch.shape[-1], requires_grad=True))
+    return batch.detach_()
+
+
+@pytest.mark.parametrize("kind", [DataLoader, RobustDataLoader])
+@pytest.mark.parametrize("function", [rows, large_rows], ids=lambda function: function.__name__)
+def test_batches_are_no_views(transport: str, kind: Any, function: Any) -> None:
+    """Autograd takes a batch, in the worker and in the trainer, for a tensor of its own: it may be detached in place,
+    and written to outside of the ``no_grad`` that it was taken in."""
+    loader = kind(data.Shared(4, function), batch_size=2, num_workers=1, collate_fn=detached_in_place)
+    iterator = iter(loader)
+    with torch.no_grad():
+        batches = [next(iterator), next(iterator)]
+    for number, batch in enumerate(batches):
+        batch.detach_()
+        batch.mul_(torch.ones(batch.shape[-1], requires_grad=True))
+        assert batch[:, 0].tolist() == [2.0 * number, 2.0 * number + 1]
 
 
 # --- the two differences ----------------------------------------------------------------------------------------------
