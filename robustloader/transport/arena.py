@@ -211,10 +211,11 @@ class Arena:
         """The parcel with its buffers in the arena: found there, or copied to it; as they were where there is no
         memory for that."""
         self._drain()
-        buffers = [self._place(buffer) if isinstance(buffer, Buffer) else buffer for buffer in parcel.buffers]
+        found: set[int] = set()
+        buffers = [self._place(buffer, found) if isinstance(buffer, Buffer) else buffer for buffer in parcel.buffers]
         pickled = parcel.pickled
         if not isinstance(pickled, Placed) and len(pickled) >= PAYLOAD_BYTES:
-            placed = self._place(Buffer(-1, memoryview(pickled)))
+            placed = self._place(Buffer(-1, memoryview(pickled)), found)
             if isinstance(placed, Placed):
                 pickled = placed
         self._give_back_idle()
@@ -244,15 +245,18 @@ class Arena:
         trouble, self.trouble = self.trouble, ""
         return trouble
 
-    def _place(self, buffer: Buffer) -> Buffer | Placed:
+    def _place(self, buffer: Buffer, found: set[int]) -> Buffer | Placed:
+        """``found``: the extents in which storages of this parcel lie; another storage over one of them is copied."""
         size = buffer.memory.nbytes
         if not size:
             return buffer
         if buffer.low >= 0 and self._mapping is not None:
             position = buffer.address - self._mapping.address
-            extent = self._extents.get(position - buffer.low)
+            start = position - buffer.low
+            extent = self._extents.get(start) if start not in found else None
             # Only what a living tensor of this process looks at: another mapping may lie at a forgotten one's address.
             if extent is not None and extent.local and buffer.low + size <= extent.size:
+                found.add(start)
                 extent.sent += 1
                 return Placed(buffer.low, position, size, extent.offset)
         extent = self._allocate(size, local=False)

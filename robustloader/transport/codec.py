@@ -137,9 +137,11 @@ class _Pickler(pickle.Pickler):
         self._taken: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self._taken.append)
         self.dispatch_table = _REDUCERS  # type: ignore[assignment]  # asked for single items only
-        self.storages: dict[tuple[int, int], _Storage] = {}
+        # By the id of torch's storage object, which is one and the same for all tensors upon a storage as long as
+        # somebody holds it. Addresses will not do: torch.from_numpy() twice makes two storages, which torch takes apart.
+        self.storages: dict[int, _Storage] = {}
+        self._small: dict[int, tuple[torch.Tensor, torch.UntypedStorage]] = {}  # the first of each, which it fills
         self._marked: dict[int, _Storage] = {}
-        self._small: dict[tuple[int, int], torch.Tensor] = {}  # each the first with its storage, which it fills
 
     def buffers(self) -> list[Buffer]:
         """The buffers in the order in which the pickle asks for them."""
@@ -155,9 +157,9 @@ class _Pickler(pickle.Pickler):
         if kind is torch.Tensor:
             return self._reduce_tensor(obj)
         if kind is torch.UntypedStorage and obj.device.type == "cpu":
-            first = self._small.get((obj.data_ptr(), obj.nbytes()))
-            if first is not None:
-                return torch.Tensor.untyped_storage, (first,)
+            small = self._small.get(id(obj))
+            if small is not None:
+                return torch.Tensor.untyped_storage, small[:1]
             storage = self._storage_of(obj)
             storage.use(0, obj.nbytes())
             return _whole_storage, (storage,)
@@ -186,19 +188,18 @@ class _Pickler(pickle.Pickler):
         nbytes, dtype = raw.nbytes(), tensor.dtype
         size, stride, offset, item = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), dtype.itemsize
         if 0 < nbytes <= INLINE_BYTES:
-            key = (raw.data_ptr(), nbytes)
-            first = self._small.get(key)
-            if first is not None:
-                return _alias, (first, _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
+            small = self._small.get(id(raw))
+            if small is not None:
+                return _alias, (small[0], _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
             # Where a view came first, its storage crosses as one, and this tensor is another view.
             if (
                 nbytes == tensor.nbytes
                 and stride == _row_major(size)
-                and key not in self.storages
+                and id(raw) not in self.storages
                 and not tensor.requires_grad
             ):
-                self._small[key] = tensor
-                return _small_tensor, (_copy(*key), _CODE_OF[dtype], size)
+                self._small[id(raw)] = tensor, raw
+                return _small_tensor, (_copy(raw.data_ptr(), nbytes), _CODE_OF[dtype], size)
         storage = self._storage_of(raw)
         if tensor.numel():
             last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -208,11 +209,9 @@ class _Pickler(pickle.Pickler):
         return _rebuild_tensor, (storage, _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
 
     def _storage_of(self, raw: torch.UntypedStorage) -> _Storage:
-        # Two storages over the same memory but of other sizes (torch.from_numpy of a slice) are two, as in torch.
-        key = (raw.data_ptr(), raw.nbytes())
-        known = self.storages.get(key)
-        if known is None or not key[1]:
-            known = self.storages[key] = _Storage(raw)
+        known = self.storages.get(id(raw))
+        if known is None:
+            known = self.storages[id(raw)] = _Storage(raw)
             self._marked[id(known.mark)] = known
         return known
 

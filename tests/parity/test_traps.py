@@ -593,6 +593,38 @@ def test_what_shares_memory_shares_it_in_the_trainer(kind: Any, swapped: bool) -
         assert second[0].tolist() == [7.0] * 20
 
 
+def twice_the_same(index: int) -> Any:
+    """One small array two times over."""
+    image = np.zeros(10, dtype=np.float32)
+    return image, image
+
+
+def twice_the_same_large(index: int) -> Any:
+    """One large array two times over."""
+    image = np.zeros(5_000, dtype=np.float32)
+    return image, image
+
+
+def batch_and_its_array(samples: list[Any]) -> Any:
+    """Two storages over the same memory, which may be shared already."""
+    batch = default_collate(samples)[0]
+    return batch, torch.from_numpy(batch.numpy()), batch.flatten()[1:]
+
+
+@pytest.mark.parametrize("kind", [DataLoader, RobustDataLoader])
+@pytest.mark.parametrize("function", [twice_the_same, twice_the_same_large], ids=lambda function: function.__name__)
+def test_what_is_converted_twice_is_two_tensors(transport: str, kind: Any, function: Any) -> None:
+    """A change in place of one reaches no other, although the worker had both over one array's memory."""
+    for one, other in kind(data.Shared(3, function), batch_size=None, num_workers=1):
+        one.add_(100)
+        assert float(other.sum()) == 0
+    loader = kind(data.Shared(3, function), batch_size=2, num_workers=1, collate_fn=batch_and_its_array)
+    for one, other, view in loader:
+        one.add_(100)
+        assert float(other.sum()) == 0
+        assert float(view.sum()) == 100 * view.numel()
+
+
 @pytest.mark.parametrize("transport", ["auto", "pipe"])
 def test_kept_batches_stay_as_they_were(transport: Any) -> None:
     """Batches that the trainer keeps are not written over by later ones, nor by the end of the loader."""

@@ -228,6 +228,19 @@ def test_memory_is_shared_whatever_comes_first(count: int, order: tuple[str, ...
             assert part.requires_grad == parts[name].requires_grad
 
 
+@pytest.mark.parametrize("count", [10, 10_000])
+def test_storages_over_the_same_memory_are_taken_apart(count: int) -> None:
+    """``torch.from_numpy`` of one array makes a new storage each time: as many arrive, each with its own views."""
+    array = np.zeros(count, dtype=np.float32)
+    one, other, part = (torch.from_numpy(shown) for shown in (array, array, array[1:]))
+    found = carry([one, one[2:], other, part, other.untyped_storage()])
+    found[0].fill_(1)
+    assert [float(tensor.sum()) for tensor in found[:4]] == [count, count - 2, 0, 0]
+    found[2].fill_(1)
+    assert float(found[3].sum()) == 0
+    assert found[4].data_ptr() == found[2].data_ptr()
+
+
 def test_disjoint_views_of_one_storage_keep_their_distance() -> None:
     """Two views at either end of a storage stay apart, and a third over both sees what is written to them."""
     base = torch.arange(20_000)
