@@ -251,7 +251,7 @@ def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Te
 def _alias(
     first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int, requires_grad: bool
 ) -> torch.Tensor:
-    tensor = torch.empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
+    tensor = torch.empty(0, dtype=_DTYPES[code], device="cpu").set_(first.untyped_storage(), offset, size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 
 
@@ -268,7 +268,7 @@ def _rebuild_tensor(
     requires_grad: bool,
 ) -> torch.Tensor:
     low, memory = storage
-    tensor = torch.empty(0, dtype=_DTYPES[code])
+    tensor = torch.empty(0, dtype=_DTYPES[code], device="cpu")
     tensor.set_(memory, offset - low // tensor.element_size(), size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 

@@ -61,7 +61,7 @@ class Stacker:
         if self._arena is not None and self._collating == threading.get_ident():
             out = self._arena.empty(shape, first.dtype)
         if out is None:
-            out = torch.empty(shape, dtype=first.dtype)
+            out = torch.empty(shape, dtype=first.dtype, device="cpu")
         try:
             return torch.stack(tuple(batch), 0, out=out)
         except RuntimeError:

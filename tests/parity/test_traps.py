@@ -554,6 +554,32 @@ def test_batches_are_no_views(transport: str, kind: Any, function: Any) -> None:
         assert batch[:, 0].tolist() == [2.0 * number, 2.0 * number + 1]
 
 
+def numbered(index: int) -> torch.Tensor:
+    """Made without asking for a device."""
+    return torch.from_numpy(np.full(4, index, dtype=np.float32))
+
+
+def no_device_here(worker_id: int) -> None:
+    """The worker has the trainer's default device, of which it can use nothing."""
+    torch.set_default_device("cuda")
+
+
+@both_modes
+def test_a_default_device_in_the_worker(mode: str) -> None:
+    """Tensors on the CPU are collated there, whatever the default device is."""
+    assert_same(
+        Program(
+            lambda: {
+                "dataset": data.Shared(4, numbered),
+                "batch_size": 2,
+                "num_workers": 1,
+                "worker_init_fn": no_device_here,
+            }
+        ),
+        mode,
+    )
+
+
 # --- the two differences ----------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def carry(value: Any) -> Any:
     parcel = codec.dumps(value)
     blocks = []
     for low, memory in parcel.buffers:
-        block = torch.empty(memory.nbytes, dtype=torch.uint8)
+        block = torch.empty(memory.nbytes, dtype=torch.uint8, device="cpu")
         if memory.nbytes:
             block.numpy()[:] = np.frombuffer(memory, dtype=np.uint8)
         blocks.append((low, block))
@@ -239,6 +239,20 @@ def test_storages_over_the_same_memory_are_taken_apart(count: int) -> None:
     found[2].fill_(1)
     assert float(found[3].sum()) == 0
     assert found[4].data_ptr() == found[2].data_ptr()
+
+
+@pytest.mark.parametrize("count", [10, 10_000])
+@pytest.mark.parametrize("view_first", [False, True])
+def test_a_default_device_plays_no_part(count: int, view_first: bool) -> None:
+    """A trainer that has one set gets batches on the CPU all the same: whole tensors, aliases, views, storages."""
+    base = torch.arange(count)
+    parts = [base, base[1:], torch.zeros(count, requires_grad=True), np.arange(count), torch.ones(0), base.clone()[2:]]
+    parts += [torch.ones(count).untyped_storage()]
+    if view_first:
+        parts.reverse()
+    with torch.device("meta"):
+        found = carry(parts)
+    assert fingerprint(found) == fingerprint(parts)
 
 
 def test_disjoint_views_of_one_storage_keep_their_distance() -> None:
