@@ -163,10 +163,6 @@ class _Pickler(pickle.Pickler):
             storage = self._storage_of(obj)
             storage.use(0, obj.nbytes())
             return _whole_storage, (storage,)
-        if kind is np.ndarray and not _travels_as_it_is(obj):
-            # Through torch's queue, which pickles in-band, such an array arrives contiguous, native and writable; its
-            # out-of-band buffer would arrive as it is.
-            return np.array(obj, dtype=obj.dtype.newbyteorder("="), order="A").__reduce_ex__(5)
         return NotImplemented
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
@@ -222,9 +218,15 @@ _copy: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize
 """``(address, size)`` → the bytes that lie there, as a bytearray. ``ctypes.string_at`` costs three times as much."""
 
 
-def _travels_as_it_is(array: Any) -> bool:
-    flags = array.flags
-    return bool((flags.c_contiguous or flags.f_contiguous) and flags.writeable and array.dtype.isnative)
+def _reduce_array(array: Any) -> Any:
+    """Through torch's queue, which pickles in-band, arrays arrive contiguous, writable and native, the fields of
+    records aside; an out-of-band buffer would arrive as it is."""
+    flags, dtype = array.flags, array.dtype
+    if not dtype.isnative and dtype.names is None:
+        array = np.array(array, dtype=dtype.newbyteorder("="), order="A")
+    elif not (flags.writeable and (flags.c_contiguous or flags.f_contiguous)):
+        array = np.array(array, order="A")
+    return array.__reduce_ex__(5)
 
 
 def _inline_storage(data: bytes) -> tuple[int, torch.UntypedStorage]:
@@ -274,14 +276,19 @@ def _rebuild_tensor(
 
 
 class _Reducers:
-    """multiprocessing's reducers, without torch's (those pass descriptors), then copyreg's. Looked up as they are asked
-    for: there are dozens, few batches need one, and more may be registered at any time."""
+    """multiprocessing's reducers, without torch's (those pass descriptors), then copyreg's, then ours. Looked up as they
+    are asked for: there are dozens, few batches need one, and more may be registered at any time."""
 
     def __getitem__(self, kind: type) -> Callable[[Any], Any]:
         reducer = getattr(ForkingPickler, "_extra_reducers", {}).get(kind)
         if reducer is not None and not _is_torch(reducer):
             return reducer  # type: ignore[no-any-return]
-        return copyreg.dispatch_table[kind]
+        reducer = copyreg.dispatch_table.get(kind)
+        if reducer is not None:
+            return reducer
+        if kind is np.ndarray:
+            return _reduce_array
+        raise KeyError(kind)
 
 
 _REDUCERS = _Reducers()

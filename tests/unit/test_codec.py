@@ -290,15 +290,20 @@ def test_arrays_arrive_writable(size: int, frozen: bool) -> None:
     "array",
     [
         pytest.param(np.arange(4, dtype=">i4"), id="byte order"),
+        pytest.param(np.arange(4_000, dtype=">i4"), id="byte order, large"),
+        pytest.param(np.array([(1, 2)] * 3, [("a", ">i4"), ("b", ">f4")]), id="records of another byte order"),
+        pytest.param(np.array([(1, 2)] * 3_000, [("a", ">i4"), ("b", ">f4", 2)]), id="the same, large"),
+        pytest.param(np.array([(1, 2)] * 3_000, [("a", ">i4"), ("b", "<f4")])[::2], id="the same, in steps"),
         pytest.param(np.ones((2, 3, 4)).transpose(2, 0, 1), id="turned"),
         pytest.param(np.ones((2, 3, 4))[:, ::2].transpose(2, 0, 1), id="turned steps"),
     ],
 )
 def test_arrays_arrive_as_through_torchs_queue(array: np.ndarray) -> None:
-    """In the machine's byte order, and contiguous: what torch.from_numpy() and view() take with torch's loader, they
-    take here."""
+    """In the machine's byte order (but for the fields of records), and contiguous: what torch.from_numpy() and view()
+    take with torch's loader, they take here."""
     found, wanted = carry(array), pickle.loads(pickle.dumps(array, 4))
     assert (found.dtype, found.strides) == (wanted.dtype, wanted.strides)
+    assert found.tobytes() == wanted.tobytes()
     assert np.array_equal(found, array)
 
 
