@@ -3,7 +3,7 @@
 A :class:`Parcel` is one pickle and a list of buffers. Plain CPU tensors are described in the pickle by dtype, size,
 stride and offset into a *storage*; each storage's bytes, cut to the extent that the batch's tensors really use, are one
 buffer, so tensors that share memory still share it on the other side, and a small view of a large tensor stays small.
-NumPy arrays use pickle's own out-of-band buffers (PEP 574). What fits neither (sparse, quantised, conjugated, CUDA,
+Larger NumPy arrays use pickle's own out-of-band buffers (PEP 574). What fits neither (sparse, quantised, conjugated, CUDA,
 subclasses) goes by value through its own ``__reduce_ex__``: torch's reducers for multiprocessing would pass
 descriptors, which needs a connection to a worker that may be dead or stuck.
 """
@@ -25,7 +25,7 @@ import torch
 __all__ = ["INLINE_BYTES", "Buffer", "Parcel", "Placed", "dumps", "loads"]
 
 INLINE_BYTES = 4_096
-"""Storages up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""
+"""Storages and arrays up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""
 
 ALIGNMENT = 64
 """Extents begin at multiples of this many bytes of their storage, so that every dtype stays aligned."""
@@ -220,7 +220,10 @@ _copy: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize
 
 def _reduce_array(array: Any) -> Any:
     """Through torch's queue, which pickles in-band, arrays arrive contiguous, writable and native, the fields of
-    records aside; an out-of-band buffer would arrive as it is."""
+    records aside; and small ones own their memory. Small ones are pickled likewise here; an out-of-band buffer would
+    arrive as it is."""
+    if array.nbytes <= INLINE_BYTES:
+        return array.__reduce_ex__(4)
     flags, dtype = array.flags, array.dtype
     if not dtype.isnative and dtype.names is None:
         array = np.array(array, dtype=dtype.newbyteorder("="), order="A")

@@ -286,6 +286,20 @@ def test_arrays_arrive_writable(size: int, frozen: bool) -> None:
     assert array[-1] == size - 1
 
 
+@pytest.mark.parametrize("count", [0, 1, 10, 125, 126, 512])
+def test_small_arrays_are_as_torchs_queue_makes_them(count: int) -> None:
+    """They need no buffer beside the pickle, which would cost a page and an entry each; those that torch's loader hands
+    out as their own memory's owners may be resized here, too."""
+    arrays = [np.full(count, number, dtype=np.float64) for number in range(3)]
+    assert not codec.dumps(arrays).buffers
+    found, wanted = carry(arrays), pickle.loads(pickle.dumps(arrays, 4))
+    for ours, torchs, array in zip(found, wanted, arrays, strict=True):
+        assert np.array_equal(ours, array)
+        assert (ours.flags.owndata, ours.flags.writeable) == (torchs.flags.owndata, True)
+        ours[:] = -1
+    assert [float(array.sum()) for array in arrays] == [0, count, 2 * count]
+
+
 @pytest.mark.parametrize(
     "array",
     [
