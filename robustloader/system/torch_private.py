@@ -31,6 +31,7 @@ __all__ = [
     "new_worker_info",
     "numpy_seed",
     "pin_memory",
+    "plain_within",
     "prepare_worker_process",
     "tensor_collate",
     "worker_info",
@@ -46,7 +47,8 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
 
 try:
     from torch._C._autograd import _profiler_enabled
-    from torch._utils import KeyErrorMessage
+    from torch._tensor import _rebuild_from_type_v2
+    from torch._utils import KeyErrorMessage, _rebuild_tensor_v2, _rebuild_tensor_v3
     from torch.utils.data._utils import collate as _torch_collate
     from torch.utils.data._utils import pin_memory as _torch_pin
     from torch.utils.data._utils import signal_handling as _torch_signals
@@ -132,6 +134,29 @@ def key_error_message(text: str) -> str:
 def pin_memory(batch: Any, device: str | None) -> Any:
     """A copy of ``batch`` in page-locked memory, as torch's pin thread makes it."""
     return _torch_pin.pin_memory(batch, device)
+
+
+def plain_within(reduced: Any) -> Any:
+    """What ``__reduce_ex__`` of a tensor subclass gives, with a plain tensor for its memory instead of a storage and a
+    place in it; as it is, where it has another form or the tensor lies on a device.
+
+    *Source*: ``torch.Tensor.__reduce_ex__`` of torch 2.13.
+    """
+    match reduced:
+        case (rebuild, (make, kind, (typed, offset, size, stride, requires_grad, _), state)) if (
+            rebuild is _rebuild_from_type_v2 and make is _rebuild_tensor_v2
+        ):
+            storage, dtype = typed._untyped_storage, typed.dtype
+        case (rebuild, (make, kind, (storage, offset, size, stride, requires_grad, _, dtype), state)) if (
+            rebuild is _rebuild_from_type_v2 and make is _rebuild_tensor_v3
+        ):
+            pass
+        case _:
+            return reduced
+    if storage.device.type != "cpu":
+        return reduced
+    plain = torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, size, stride)
+    return rebuild, (torch.Tensor.requires_grad_, kind, (plain, requires_grad), state)
 
 
 def numpy_seed(base_seed: int, worker_id: int) -> list[int]:

@@ -3,9 +3,9 @@
 A :class:`Parcel` is one pickle and a list of buffers. Plain CPU tensors are described in the pickle by dtype, size,
 stride and offset into a *storage*; each storage's bytes, cut to the extent that the batch's tensors really use, are one
 buffer, so tensors that share memory still share it on the other side, and a small view of a large tensor stays small.
-Larger NumPy arrays use pickle's own out-of-band buffers (PEP 574). What fits neither (sparse, quantised, conjugated, CUDA,
-subclasses) goes by value through its own ``__reduce_ex__``: torch's reducers for multiprocessing would pass
-descriptors, which needs a connection to a worker that may be dead or stuck.
+Larger NumPy arrays use pickle's own out-of-band buffers (PEP 574). What fits neither (sparse, quantised, conjugated,
+CUDA) goes by value through its own ``__reduce_ex__``, and so do subclasses, all but their memory: torch's reducers for
+multiprocessing would pass descriptors, which needs a connection to a worker that may be dead or stuck.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from robustloader.system import torch_private
+
 __all__ = ["INLINE_BYTES", "Buffer", "Parcel", "Placed", "dumps", "loads"]
 
 INLINE_BYTES = 4_096
-"""Storages and arrays up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""
+"""Storages and arrays up to this size ride inside the pickle: a buffer of its own costs more than the copy."""
 
 ALIGNMENT = 64
 """Extents begin at multiples of this many bytes of their storage, so that every dtype stays aligned."""
@@ -137,8 +139,8 @@ class _Pickler(pickle.Pickler):
         self._taken: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self._taken.append)
         self.dispatch_table = _REDUCERS  # type: ignore[assignment]  # asked for single items only
-        # By the id of torch's storage object, which is one and the same for all tensors upon a storage as long as
-        # somebody holds it. Addresses will not do: torch.from_numpy() twice makes two storages, which torch takes apart.
+        # By the id of torch's storage object, which is one and the same for all tensors upon a storage as long as it is
+        # held. Addresses will not do: torch.from_numpy() of one array twice makes two storages, as far as torch knows.
         self.storages: dict[int, _Storage] = {}
         self._small: dict[int, tuple[torch.Tensor, torch.UntypedStorage]] = {}  # the first of each, which it fills
         self._marked: dict[int, _Storage] = {}
@@ -278,9 +280,14 @@ def _rebuild_tensor(
     return tensor.requires_grad_() if requires_grad else tensor
 
 
+def _reduce_subclass(tensor: torch.Tensor) -> Any:
+    """As it reduces itself, but for its memory: that crosses as a plain tensor's, cut to its extent, and shared."""
+    return torch_private.plain_within(tensor.__reduce_ex__(5))
+
+
 class _Reducers:
-    """multiprocessing's reducers, without torch's (those pass descriptors), then copyreg's, then ours. Looked up as they
-    are asked for: there are dozens, few batches need one, and more may be registered at any time."""
+    """multiprocessing's reducers, without torch's (those pass descriptors), then copyreg's, then ours. Looked up as
+    they are asked for: there are dozens, few batches need one, and more may be registered at any time."""
 
     def __getitem__(self, kind: type) -> Callable[[Any], Any]:
         reducer = getattr(ForkingPickler, "_extra_reducers", {}).get(kind)
@@ -291,6 +298,8 @@ class _Reducers:
             return reducer
         if kind is np.ndarray:
             return _reduce_array
+        if issubclass(kind, torch.Tensor):
+            return _reduce_subclass
         raise KeyError(kind)
 
 

@@ -654,6 +654,26 @@ def test_what_is_converted_twice_is_two_tensors(transport: str, kind: Any, funct
         assert float(view.sum()) == 100 * view.numel()
 
 
+class Picture(torch.Tensor):
+    """A tensor subclass, as libraries of images have them."""
+
+
+def pictures(index: int) -> Any:
+    """One of them, and a part of it."""
+    picture = torch.zeros(3, 40, 50)[1:].as_subclass(Picture)
+    return picture, picture[0]
+
+
+@pytest.mark.parametrize("kind", [DataLoader, RobustDataLoader])
+def test_subclasses_share_memory_too(transport: str, kind: Any) -> None:
+    """A view of a tensor subclass is one in the trainer."""
+    loader = kind(data.Shared(2, pictures), batch_size=None, num_workers=1, collate_fn=data.identity)
+    for picture, part in loader:
+        assert type(picture) is type(part) is Picture
+        picture.fill_(5)
+        assert float(part.sum()) == 5 * 40 * 50
+
+
 @pytest.mark.parametrize("transport", ["auto", "pipe"])
 def test_kept_batches_stay_as_they_were(transport: Any) -> None:
     """Batches that the trainer keeps are not written over by later ones, nor by the end of the loader."""

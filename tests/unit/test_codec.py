@@ -55,6 +55,17 @@ class Fancy(torch.Tensor):
     """A tensor subclass."""
 
 
+class Stubborn(torch.Tensor):
+    """One that says itself how it is pickled."""
+
+    @staticmethod
+    def of(count: int) -> Any:
+        return torch.full((count,), 7).as_subclass(Stubborn)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Stubborn.of, (len(self),)
+
+
 def carry(value: Any) -> Any:
     """Through the codec, as the channel would: each buffer copied to memory of its own, of exactly its size."""
     parcel = codec.dumps(value)
@@ -253,6 +264,33 @@ def test_a_default_device_plays_no_part(count: int, view_first: bool) -> None:
     with torch.device("meta"):
         found = carry(parts)
     assert fingerprint(found) == fingerprint(parts)
+
+
+@pytest.mark.parametrize("count", [10, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint16], ids=str)
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_subclasses_share_memory_and_bring_only_their_own(count: int, dtype: torch.dtype, plain_first: bool) -> None:
+    """Views of one storage whose type is a subclass are views of one storage again, with plain ones; each keeps what
+    was set on it, and a small view of something large stays small."""
+    base = torch.zeros(100, count, dtype=dtype)
+    marked = base[2].as_subclass(Fancy)
+    marked.origin = "here"
+    order = slice(None, None, -1 if plain_first else 1)
+    parcel_bytes = codec.dumps([marked, marked[1:]]).nbytes
+    assert parcel_bytes < 2 * marked.nbytes + 2 * codec.INLINE_BYTES
+    found, view, plain = carry([marked, marked[1:], base[2]][order])[order]
+    assert (type(found), type(view), type(plain)) == (Fancy, Fancy, torch.Tensor)
+    assert (found.dtype, found.origin) == (dtype, "here")
+    found.fill_(1)
+    assert bool((view == 1).all()) and bool((plain == 1).all())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_subclass_keeps_whether_it_requires_grad(requires_grad: bool) -> None:
+    """And with a pickling of its own, a subclass uses that."""
+    found, made = carry([torch.ones(3).as_subclass(Fancy).requires_grad_(requires_grad), Stubborn.of(3)])
+    assert found.requires_grad == requires_grad
+    assert (type(made), made.tolist()) == (Stubborn, [7, 7, 7])
 
 
 def test_disjoint_views_of_one_storage_keep_their_distance() -> None:
