@@ -379,16 +379,20 @@ class ArenaReader:
         self.retired = False
         host.close_in_forked_children(self)
 
-    def lease(self, placed: Placed) -> Any:
-        """The memory of a buffer in the arena: a writable object that counts as released when it is collected.
+    def lease(self, placed: Placed) -> memoryview:
+        """The memory of a buffer in the arena: a writable memoryview of bytes, released when nothing keeps it any more.
 
-        Torch keeps the very object it is given, a cheap memoryview; NumPy takes a view of its own of such, but keeps
-        a ctypes array.
+        Torch keeps the very object it is given. NumPy, and what users write, may take a view of their own of it
+        instead: there the lease lies on a ctypes array below, which all of these keep.
         """
         assert self._mapping is not None
         mapping, (low, position, size, extent) = self._mapping, placed
-        view = mapping.slice(position, size) if low >= 0 else mapping.view(position, size)
-        self._leases.add(view, extent, size)
+        if low >= 0:
+            view = owner = mapping.slice(position, size)
+        else:
+            owner = mapping.view(position, size)
+            view = memoryview(owner).cast("B")  # as it is, its elements are ctypes', and cannot be read one by one
+        self._leases.add(owner, extent, size)
         return view
 
     def take_released(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -555,6 +556,46 @@ def test_batches_are_no_views(transport: str, kind: Any, function: Any) -> None:
         batch.detach_()
         batch.mul_(torch.ones(batch.shape[-1], requires_grad=True))
         assert batch[:, 0].tolist() == [2.0 * number, 2.0 * number + 1]
+
+
+def sometimes_a_tensor(index: int) -> Any:
+    """Of several kinds."""
+    return torch.tensor(1.0) if index % 2 == 0 else [7, None][index // 2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_tensors_collated_with_other_things(num_workers: int) -> None:
+    """``default_collate`` refuses them with torch's exception."""
+    dataset = data.Shared(4, sometimes_a_tensor)
+    assert_same(Program(lambda: {"dataset": dataset, "batch_size": 2, "num_workers": num_workers}), "strict")
+
+
+class Packet:
+    """Bytes that say themselves how they are pickled, with a buffer beside the pickle where there may be one."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return read_packet, (pickle.PickleBuffer(bytearray(self.content)) if protocol >= 5 else self.content,)
+
+
+def read_packet(content: Any) -> list[int]:
+    """Reads single bytes, and pairs of them."""
+    view = memoryview(content)
+    return [view[0], view.cast("H")[1], len(view)]
+
+
+def packets(index: int) -> Any:
+    """A small one and a large one."""
+    return Packet(bytes([index, 1, 2, 3])), Packet(bytes([index, 1, 2, 3] * 3_000))
+
+
+@both_modes
+def test_buffers_of_the_users_own_pickling(mode: str) -> None:
+    """What a user's unpickling gets for a buffer (PEP 574) can be read byte by byte and cast, as any buffer can."""
+    arguments = {"batch_size": None, "num_workers": 1, "collate_fn": data.identity}
+    assert_same(Program(lambda: {"dataset": data.Shared(2, packets), **arguments}), mode)
 
 
 def numbered(index: int) -> torch.Tensor:
