@@ -51,7 +51,8 @@ class Stacker:
         """A new tensor of all the tensors in ``batch``, which get a first dimension.
 
         The rest of a batch need not be looked at: ``out=`` has the same effect here as in torch's function, which makes
-        the same call. Only where tensors of unequal sizes are refused has that one an earlier error, and raises it.
+        the same call. Only where tensors of unequal sizes, or what is no tensor, are refused has that one an earlier
+        error, and raises it.
         """
         first = batch[0]
         if not _is_plain(first):
@@ -64,7 +65,7 @@ class Stacker:
             out = torch.empty(shape, dtype=first.dtype, device="cpu")
         try:
             return torch.stack(tuple(batch), 0, out=out)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             return torch_collate(batch, collate_fn_map=collate_fn_map)
 
 
