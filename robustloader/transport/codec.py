@@ -37,6 +37,9 @@ _DTYPES: tuple[torch.dtype, ...] = tuple(
 )
 _CODE_OF = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
+_NOTHING = torch.empty(0, device="cpu")
+"""What is made by its ``new_empty`` lies on the CPU, whatever the default device is: quicker than ``device="cpu"``."""
+
 
 class Buffer(NamedTuple):
     """Memory beside a pickle. ``low`` is where it began in the tensor storage it was cut from; -1 for other buffers."""
@@ -186,17 +189,18 @@ class _Pickler(pickle.Pickler):
         nbytes, dtype = raw.nbytes(), tensor.dtype
         size, stride, offset, item = tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), dtype.itemsize
         if 0 < nbytes <= INLINE_BYTES:
-            small = self._small.get(id(raw))
+            key = id(raw)
+            small = self._small.get(key)
             if small is not None:
                 return _alias, (small[0], _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
             # Where a view came first, its storage crosses as one, and this tensor is another view.
             if (
                 nbytes == tensor.nbytes
                 and stride == _row_major(size)
-                and id(raw) not in self.storages
+                and key not in self.storages
                 and not tensor.requires_grad
             ):
-                self._small[id(raw)] = tensor, raw
+                self._small[key] = tensor, raw
                 return _small_tensor, (_copy(raw.data_ptr(), nbytes), _CODE_OF[dtype], size)
         storage = self._storage_of(raw)
         if tensor.numel():
@@ -207,9 +211,10 @@ class _Pickler(pickle.Pickler):
         return _rebuild_tensor, (storage, _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
 
     def _storage_of(self, raw: torch.UntypedStorage) -> _Storage:
-        known = self.storages.get(id(raw))
+        key = id(raw)
+        known = self.storages.get(key)
         if known is None:
-            known = self.storages[id(raw)] = _Storage(raw)
+            known = self.storages[key] = _Storage(raw)
             self._marked[id(known.mark)] = known
         return known
 
@@ -258,7 +263,7 @@ def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Te
 def _alias(
     first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int, requires_grad: bool
 ) -> torch.Tensor:
-    tensor = torch.empty(0, dtype=_DTYPES[code], device="cpu").set_(first.untyped_storage(), offset, size, stride)
+    tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 
 
@@ -275,7 +280,7 @@ def _rebuild_tensor(
     requires_grad: bool,
 ) -> torch.Tensor:
     low, memory = storage
-    tensor = torch.empty(0, dtype=_DTYPES[code], device="cpu")
+    tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code])
     tensor.set_(memory, offset - low // tensor.element_size(), size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 
