@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["INLINE_BYTES", "Buffer", "Parcel", "Placed", "dumps", "loads"]
+__all__ = ["INLINE_BYTES", "REDUCERS", "Buffer", "Parcel", "Placed", "dumps", "loads"]
 
 INLINE_BYTES = 4_096
 """Storages up to this size ride inside the pickle: below it, a buffer of its own costs more than the copy."""
@@ -136,7 +136,7 @@ class _Pickler(pickle.Pickler):
         # A method of this object would tie it to itself, and keep the batch alive until the collector comes round.
         self._taken: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self._taken.append)
-        self.dispatch_table = _REDUCERS  # type: ignore[assignment]  # asked for single items only
+        self.dispatch_table = REDUCERS  # type: ignore[assignment]  # asked for single items only
         self.storages: dict[tuple[int, int], _Storage] = {}
         self._marked: dict[int, _Storage] = {}
         self._small: dict[tuple[int, int], torch.Tensor] = {}  # each the first with its storage, which it fills
@@ -285,7 +285,7 @@ class _Reducers:
         return copyreg.dispatch_table[kind]
 
 
-_REDUCERS = _Reducers()
+REDUCERS = _Reducers()
 
 
 def _is_torch(reducer: Any) -> bool:
