@@ -354,6 +354,35 @@ class Held(data.Samples):
         return index
 
 
+class Lazy:
+    """Opened, not yet read: to ask it for anything reads it, which fails."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"truncated (asked for {name})")
+
+
+class Settings(dict[str, Any]):
+    """Keys as attributes; one that is not there is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+def odd_batch(samples: list[Any]) -> Any:
+    """What cannot be asked for its size."""
+    kinds: list[Any] = [Lazy(), {"deep": {"deeper": {"still": Settings(x=1)}}}, torch.nn.UninitializedParameter()]
+    return [kinds[samples[0]]]
+
+
+@both_modes
+def test_a_batch_is_delivered_untouched(mode: str) -> None:
+    """Nothing of the loader's asks what is in a batch that the training process has loaded: that might fail, or have an
+    image decoded that was to stay as it is."""
+    for kind, options in both(mode):
+        loader = kind(range(3), collate_fn=odd_batch, **options)
+        found = [type(batch[0]) for batch in loader]
+        assert found == [Lazy, dict, torch.nn.UninitializedParameter]
+
+
 @both_modes
 def test_the_trainer_may_draw_between_batches(mode: str) -> None:
     """A lazy sampler reads the global stream at the same moments as under torch, draws of the trainer in between."""
