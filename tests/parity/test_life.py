@@ -383,6 +383,23 @@ def test_a_batch_is_delivered_untouched(mode: str) -> None:
         assert found == [Lazy, dict, torch.nn.UninitializedParameter]
 
 
+def floats(index: int) -> Any:
+    """An array that does not ride inside a message."""
+    return np.full(4_000, index, dtype=np.float64)
+
+
+@both_modes
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_default_device_in_the_training_process(mode: str, num_workers: int) -> None:
+    """Batches are on the CPU also where the loop makes its own tensors elsewhere, where there may be no room for them."""
+    for kind, options in both(mode):
+        iterator = iter(
+            kind(data.Shared(6, floats), batch_size=2, num_workers=num_workers, collate_fn=data.identity, **options)
+        )
+        with torch.device("meta"):
+            assert [[array[-1] for array in batch] for batch in iterator] == [[0, 1], [2, 3], [4, 5]]
+
+
 @both_modes
 def test_the_trainer_may_draw_between_batches(mode: str) -> None:
     """A lazy sampler reads the global stream at the same moments as under torch, draws of the trainer in between."""
