@@ -75,8 +75,15 @@ class Frame(NamedTuple):
         return self.payload.nbytes + sum(_size(block) for _, block in self.buffers)
 
     def batch(self) -> Any:
-        """Unpickle the batch; raises whatever its own unpickling raises."""
-        return codec.loads(self.payload, self.buffers)
+        """Unpickle the batch; raises whatever its own unpickling raises.
+
+        Its tensors are ordinary ones: a batch that arrives while the loop is in inference mode may be one that it will
+        train on.
+        """
+        if not torch.is_inference_mode_enabled():  # as a rule; the question costs less than the answer
+            return codec.loads(self.payload, self.buffers)
+        with torch.inference_mode(False):
+            return codec.loads(self.payload, self.buffers)
 
 
 def _size(block: Any) -> int:

@@ -401,6 +401,27 @@ def test_a_default_device_in_the_training_process(mode: str, num_workers: int) -
 
 
 @both_modes
+def test_batches_that_arrive_in_inference_mode(mode: str) -> None:
+    """While one batch is taken in inference mode, others arrive, which will be trained on: none is marked for ever."""
+    weight = torch.ones(3, requires_grad=True)
+    loader = RobustDataLoader(data.Shared(8, three_kinds), batch_size=2, num_workers=1, **MODES[mode])
+    iterator = iter(loader)
+    with torch.inference_mode():
+        batches = [next(iterator)]
+        assert torch.is_inference_mode_enabled()
+    for batch in [*batches, *iterator]:
+        assert not any(tensor.is_inference() for tensor in batch)
+        sum((tensor[:, :3] * weight).sum() for tensor in batch).backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [3.0 * sum(range(8))] * 3
+
+
+def three_kinds(index: int) -> Any:
+    """A small tensor, a large one, and an array."""
+    return torch.full((3,), float(index)), torch.full((4_000,), float(index)), np.full(3, index, dtype=np.float32)
+
+
+@both_modes
 def test_the_trainer_may_draw_between_batches(mode: str) -> None:
     """A lazy sampler reads the global stream at the same moments as under torch, draws of the trainer in between."""
     for num_workers in (0, 2):
