@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
 from robustloader.decisions.adaptation import Adaptation
+from robustloader.decisions.keys import probe
 from robustloader.decisions.workers import AutoWorkers
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
@@ -187,6 +189,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             if self._journal.beginning is None:
                 self._journal.beginning = note_beginning(self)
             opened = open_next(self, self._journal)
+        size = probe(self.batch_sampler, "batch_size")  # of a user's batch sampler it may be anything
         options = EngineOptions(
             faults=self._desk.policy,
             recovery=self.recovery,
@@ -202,7 +205,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             stateful_sampler=stateful_sampler(self),
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
-            batch_size=int(getattr(self.batch_sampler, "batch_size", None) or 0),
+            batch_size=int(size) if isinstance(size, Integral) else 0,
             dataset=self.dataset,
             measured=self._measured,
             adaptation=self._adaptation,

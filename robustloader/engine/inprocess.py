@@ -316,7 +316,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         """End the epoch's recording. It is complete when all batches were taken, even if nobody asked for one more."""
         try:
             complete = self._task >= len(self)
-        except (TypeError, NotImplementedError):  # a sampler without length
+        except Exception:  # a sampler without length, or whose __len__ raises
             complete = False
         self._close_recording(complete=complete)
         if self._progress.stream is not None and not self._progress.finished:

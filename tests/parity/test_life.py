@@ -391,7 +391,7 @@ def floats(index: int) -> Any:
 @both_modes
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_default_device_in_the_training_process(mode: str, num_workers: int) -> None:
-    """Batches are on the CPU also where the loop makes its own tensors elsewhere, where there may be no room for them."""
+    """Batches are on the CPU also where the loop makes its own tensors elsewhere, and there may be no room for them."""
     for kind, options in both(mode):
         iterator = iter(
             kind(data.Shared(6, floats), batch_size=2, num_workers=num_workers, collate_fn=data.identity, **options)
@@ -419,6 +419,92 @@ def test_batches_that_arrive_in_inference_mode(mode: str) -> None:
 def three_kinds(index: int) -> Any:
     """A small tensor, a large one, and an array."""
     return torch.full((3,), float(index)), torch.full((4_000,), float(index)), np.full(3, index, dtype=np.float32)
+
+
+class Unforthcoming:
+    """A sampler or batch sampler that raises where it is asked for what it has not."""
+
+    def __init__(self, entries: list[Any]) -> None:
+        self.__dict__["entries"] = entries
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["settings"][name]
+
+    def __iter__(self) -> Any:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class NotYetSeeded(Unforthcoming):
+    """Its generator is there later."""
+
+    @property
+    def generator(self) -> Any:
+        raise RuntimeError("call set_epoch first")
+
+
+class Entry:
+    """Indices that can be walked through, and have no length."""
+
+    def __init__(self, *indices: int) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Any:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Sized:
+    """A batch sampler with a ``batch_size`` of its own kind."""
+
+    def __init__(self, batch_size: Any) -> None:
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Any:
+        return iter([[0, 1], [2, 3]])
+
+    def __len__(self) -> int:
+        return 2
+
+
+PAIRS: list[Any] = [[0, 1], [2, 3]]
+BATCH_SIZES: list[Any] = [
+    [8, 16],
+    (1, 4),
+    {0: 4},
+    "auto",
+    float("inf"),
+    torch.tensor([4, 8]),
+    len,
+    None,
+    2,
+    np.int64(2),
+]
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "__getattr__": {"sampler": Unforthcoming([0, 1, 2, 3]), "batch_size": 2},
+    "generator": {"sampler": NotYetSeeded([0, 1, 2, 3]), "batch_size": 2},
+    "batches": {"batch_sampler": Unforthcoming(PAIRS)},
+    "entries": {"batch_sampler": [Entry(0, 1), Entry(2, 3)]},
+    **{f"batch_size {size!r:.20}": {"batch_sampler": Sized(size)} for size in BATCH_SIZES},
+}
+
+
+@both_modes
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS.keys())
+def test_a_sampler_need_not_answer(mode: str, num_workers: int, options: dict[str, Any]) -> None:
+    """What torch does not ask of a sampler is not needed from it: it may be anything, or an error."""
+    for kind, ours in both(mode):
+        loader = kind(range(4), num_workers=num_workers, **options, **ours)
+        iterator = iter(loader)
+        batches = [next(iterator).tolist()]
+        if isinstance(loader, RobustDataLoader):
+            assert loader.state_dict()["delivered"] == 1
+        assert batches + [batch.tolist() for batch in iterator] == PAIRS
 
 
 @both_modes
