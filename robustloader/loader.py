@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
-from typing import Any, Generic, Literal, TypeVar, cast, get_args
+from typing import Any, Generic, Literal, Self, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
@@ -48,6 +49,9 @@ from robustloader.telemetry import EpochSummary, FaultLog, Recorder, Statistics
 __all__ = ["RobustDataLoader"]
 
 T_co = TypeVar("T_co", covariant=True)
+
+_BOOKS = ("_desk", "_recorder", "_epochs", "_journal", "_continuation", "_measured", "_adaptation")
+"""What a loader keeps of its run; the rest of it is what it was made of."""
 
 
 class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
@@ -306,6 +310,13 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         return sum(iterator.active_workers for iterator in list(self._iterators))
 
     # --- copies
+
+    def __copy__(self) -> Self:
+        """A loader around the same dataset and samplers, which counts for itself from here on."""
+        twin = type(self).__new__(type(self))
+        books = copy.deepcopy({name: self.__dict__[name] for name in _BOOKS})
+        twin.__setstate__({**self.__getstate__(), **books})
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Iterators belong to this process and this object.

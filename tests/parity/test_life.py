@@ -214,6 +214,25 @@ def test_copies_of_a_loader(mode: str, num_workers: int, begun: bool, how: Any) 
         assert twin.active_workers == 0
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_copy_counts_for_itself(num_workers: int, how: Any) -> None:
+    """What a copy delivers does not change where the original stands, nor what that has to tell."""
+    loader = RobustDataLoader(range(8), batch_size=2, num_workers=num_workers)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    twin = how(loader)
+    begun = iter(twin)
+    next(begun)
+    assert (loader.state_dict()["delivered"], twin.state_dict()["delivered"]) == (3, 1)
+    assert (loader.statistics().batches, twin.statistics().batches) == (3, 1)
+    assert len(list(begun)) == 3
+    assert twin.dataset == loader.dataset
+    assert [batch.tolist() for batch in iterator] == [[6, 7]]
+    assert len(loader.summaries) == len(twin.summaries) == 1
+
+
 def public(loader: Any) -> dict[str, Any]:
     """What frameworks look at."""
     return {name: value for name, value in vars(loader).items() if not name.startswith("_")}
