@@ -402,6 +402,19 @@ def test_a_batch_is_delivered_untouched(mode: str) -> None:
         assert found == [Lazy, dict, torch.nn.UninitializedParameter]
 
 
+@both_modes
+@workers
+def test_an_iterator_that_was_deleted(mode: str, num_workers: int) -> None:
+    """Training scripts end workers by deleting the loader's private reference to them; the loader goes on."""
+    for kind, options in both(mode):
+        loader = kind(range(4), num_workers=num_workers, **options)
+        del loader._iterator
+        assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+        if isinstance(loader, RobustDataLoader):
+            loader.load_state_dict(loader.state_dict())
+        assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+
+
 def floats(index: int) -> Any:
     """An array that does not ride inside a message."""
     return np.full(4_000, index, dtype=np.float64)
