@@ -50,6 +50,12 @@ __all__ = ["RobustDataLoader"]
 
 T_co = TypeVar("T_co", covariant=True)
 
+_POLICIES = {"recovery": RecoveryPolicy, "memory": MemoryPolicy, "telemetry": TelemetryPolicy}
+_CHOICES = {"seeding": get_args(Seeding), "transport": get_args(Transport)}
+
+_BUILT_UPON = {"faults": "_desk", "telemetry": "_recorder"}
+"""Options that are read once, and what was made of them."""
+
 _BOOKS = ("_desk", "_recorder", "_epochs", "_journal", "_continuation", "_measured", "_adaptation")
 """What a loader keeps of its run; the rest of it is what it was made of."""
 
@@ -143,11 +149,6 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         self.telemetry = telemetry
         self.seeding = seeding
         self.transport = transport
-        check_policy("recovery", recovery, RecoveryPolicy)
-        check_policy("memory", memory, MemoryPolicy)
-        check_policy("telemetry", telemetry, TelemetryPolicy)
-        check_choice("seeding", seeding, get_args(Seeding))
-        check_choice("transport", transport, get_args(Transport))
         self._desk = FaultDesk(fault_policy(faults))
         self._recorder = Recorder(telemetry)
         self._epochs = EpochCounter()
@@ -159,6 +160,20 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             least = recovery.min_workers if recovery is not None else 1
             self._adaptation = Adaptation(workers=num_workers, cores=num_workers, least=least)
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """torch's loader refuses to have set what it has been built upon, and so does this one; its other options may
+        be set, and count from the next iterator on."""
+        if _BUILT_UPON.get(name) in self.__dict__:
+            raise ValueError(
+                f"{name} attribute should not be set after {type(self).__name__} is initialized; "
+                "give it to the constructor"
+            )
+        if name in _POLICIES:
+            check_policy(name, value, _POLICIES[name])
+        elif name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+        super().__setattr__(name, value)
 
     # --- iterating
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterDataPipe, MapDataPipe
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from robustloader import RobustDataLoader, RobustLoaderWarning
+from robustloader import OptionError, RecoveryPolicy, RobustDataLoader, RobustLoaderWarning
 from tests.support import parity_data as data
 from tests.support.parity_run import MODES, STRICT, Program, assert_same, fingerprint
 from tests.support.torches import ORDERS_BY_CAPACITY, WARNS_OF_NO_ACCELERATOR
@@ -400,6 +400,42 @@ def test_a_batch_is_delivered_untouched(mode: str) -> None:
         loader = kind(range(3), collate_fn=odd_batch, **options)
         found = [type(batch[0]) for batch in loader]
         assert found == [Lazy, dict, torch.nn.UninitializedParameter]
+
+
+@both_modes
+@pytest.mark.parametrize("how", [lambda loader: loader, copy.copy, copy.deepcopy])
+def test_what_cannot_be_set_later(mode: str, how: Any) -> None:
+    """What a loader was built upon stays as it is, and whoever sets it is told so, in torch's words."""
+    words = "attribute should not be set after RobustDataLoader is initialized"
+    loader = how(RobustDataLoader(range(4), **MODES[mode]))
+    before = public(loader)
+    for name, value in [("batch_size", 2), ("faults", "skip"), ("telemetry", None)]:
+        with pytest.raises(ValueError, match=f"{name} {words}"):
+            setattr(loader, name, value)
+    assert public(loader) == before
+
+
+class BuiltByHand(RobustDataLoader[int]):
+    """Sets its own attributes before the loader sets them."""
+
+    def __init__(self, dataset: Any, faults: Any) -> None:
+        self.faults = faults
+        self.own = "kept"
+        super().__init__(dataset, faults=faults)
+
+
+def test_what_can_be_set_later() -> None:
+    """Other options count from the next iterator on, and are checked like arguments; before the constructor, all do."""
+    loader = BuiltByHand(range(4), "skip")
+    assert (loader.faults, loader.own) == ("skip", "kept")
+    loader.num_workers = 2
+    loader.recovery = RecoveryPolicy(max_restarts=1)
+    loader.memory, loader.seeding, loader.transport = None, "batch", "pipe"
+    assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+    for name, value in [("recovery", "none"), ("memory", 3), ("seeding", "bogus"), ("transport", None)]:
+        with pytest.raises(OptionError, match=f"{name} must be "):
+            setattr(loader, name, value)
+    assert (loader.seeding, loader.transport) == ("batch", "pipe")
 
 
 @both_modes
