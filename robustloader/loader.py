@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, Literal, TypeVar, cast, get_args
+from numbers import Integral
+from typing import Any, Generic, Literal, Self, TypeVar, cast, get_args
 
 from torch.utils.data import Dataset, Sampler
 
 from robustloader.decisions.adaptation import Adaptation
+from robustloader.decisions.keys import probe
 from robustloader.decisions.workers import AutoWorkers
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.inprocess import InProcessIterator
@@ -46,6 +49,15 @@ from robustloader.telemetry import EpochSummary, FaultLog, Recorder, Statistics
 __all__ = ["RobustDataLoader"]
 
 T_co = TypeVar("T_co", covariant=True)
+
+_POLICIES = {"recovery": RecoveryPolicy, "memory": MemoryPolicy, "telemetry": TelemetryPolicy}
+_CHOICES = {"seeding": get_args(Seeding), "transport": get_args(Transport)}
+
+_BUILT_UPON = {"faults": "_desk", "telemetry": "_recorder"}
+"""Options that are read once, and what was made of them."""
+
+_BOOKS = ("_desk", "_recorder", "_epochs", "_journal", "_continuation", "_measured", "_adaptation")
+"""What a loader keeps of its run; the rest of it is what it was made of."""
 
 
 class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
@@ -137,11 +149,6 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         self.telemetry = telemetry
         self.seeding = seeding
         self.transport = transport
-        check_policy("recovery", recovery, RecoveryPolicy)
-        check_policy("memory", memory, MemoryPolicy)
-        check_policy("telemetry", telemetry, TelemetryPolicy)
-        check_choice("seeding", seeding, get_args(Seeding))
-        check_choice("transport", transport, get_args(Transport))
         self._desk = FaultDesk(fault_policy(faults))
         self._recorder = Recorder(telemetry)
         self._epochs = EpochCounter()
@@ -153,6 +160,20 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             least = recovery.min_workers if recovery is not None else 1
             self._adaptation = Adaptation(workers=num_workers, cores=num_workers, least=least)
         self._iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """torch's loader refuses to have set what it has been built upon, and so does this one; its other options may
+        be set, and count from the next iterator on."""
+        if _BUILT_UPON.get(name) in self.__dict__:
+            raise ValueError(
+                f"{name} attribute should not be set after {type(self).__name__} is initialized; "
+                "give it to the constructor"
+            )
+        if name in _POLICIES:
+            check_policy(name, value, _POLICIES[name])
+        elif name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+        super().__setattr__(name, value)
 
     # --- iterating
 
@@ -187,6 +208,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             if self._journal.beginning is None:
                 self._journal.beginning = note_beginning(self)
             opened = open_next(self, self._journal)
+        size = probe(self.batch_sampler, "batch_size")  # of a user's batch sampler it may be anything
         options = EngineOptions(
             faults=self._desk.policy,
             recovery=self.recovery,
@@ -202,7 +224,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             stateful_sampler=stateful_sampler(self),
             iterable=torch_private.is_iterable(self),
             batched=torch_private.auto_collation(self),
-            batch_size=int(getattr(self.batch_sampler, "batch_size", None) or 0),
+            batch_size=int(size) if isinstance(size, Integral) else 0,
             dataset=self.dataset,
             measured=self._measured,
             adaptation=self._adaptation,
@@ -303,6 +325,13 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         return sum(iterator.active_workers for iterator in list(self._iterators))
 
     # --- copies
+
+    def __copy__(self) -> Self:
+        """A loader around the same dataset and samplers, which counts for itself from here on."""
+        twin = type(self).__new__(type(self))
+        books = copy.deepcopy({name: self.__dict__[name] for name in _BOOKS})
+        twin.__setstate__({**self.__getstate__(), **books})
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # Iterators belong to this process and this object.

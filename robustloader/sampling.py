@@ -64,10 +64,10 @@ class _Order:
         narrow = size < 1 << 27  # torch draws the same permutation in either width there
         kind = torch.int32 if narrow else torch.int64
         if not self.shuffle:
-            return torch.arange(size, dtype=kind).numpy()
+            return torch.arange(size, dtype=kind, device="cpu").numpy()
         generator = torch.Generator()
         generator.manual_seed(self.seed + self.epoch)
-        return torch.randperm(size, generator=generator, dtype=kind).numpy()
+        return torch.randperm(size, generator=generator, dtype=kind, device="cpu").numpy()
 
     def _take_start(self, reader: object) -> int:
         """Where this iteration begins: where the loaded state says, once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-__all__ = ["Key", "as_list", "count_indices", "index_key", "once_only", "positions_of"]
+__all__ = ["Key", "as_list", "count_indices", "index_key", "once_only", "positions_of", "probe"]
 
 Key = int | str
 
@@ -23,12 +23,12 @@ def index_key(index: Any) -> Key:
         return "s:" + index
     if isinstance(index, (tuple, list)):
         return "t:[" + ",".join(str(index_key(part)) for part in index) + "]"
-    item = getattr(index, "item", None)
-    if callable(item) and getattr(index, "shape", None) in ((), (1,)):
-        value = item()
-        if isinstance(value, (int, str)):
-            return index_key(value)
+    item, shape = probe(index, "item"), probe(index, "shape")
     try:
+        if callable(item) and isinstance(shape, tuple) and shape in ((), (1,)):
+            value = item()
+            if isinstance(value, (int, str)):
+                return index_key(value)
         return "r:" + repr(index)
     except Exception:  # a user's __repr__
         return f"r:<{type(index).__qualname__}>"
@@ -41,7 +41,7 @@ def as_list(indices: Any, *, batched: bool) -> list[Any]:
     if isinstance(indices, (list, tuple)):
         return list(indices)
     try:
-        return list(indices)
+        return list(iter(indices))  # list() alone asks for a length, which may raise
     except Exception:  # the dataset may still know what to do with it
         return []
 
@@ -50,8 +50,17 @@ def count_indices(indices: Any) -> int:
     """How many samples a batch of indices asks for; 1 where it has no length."""
     try:
         return len(indices)
-    except TypeError:
+    except Exception:  # a user's __len__
         return 1
+
+
+def probe(thing: Any, name: str) -> Any:
+    """What an object of the user's says to the attribute ``name``; None where it has none, or raises: samplers and
+    indices are asked for what they need not know anything of."""
+    try:
+        return getattr(thing, name, None)
+    except Exception:  # a user's property, or __getattr__
+        return None
 
 
 def once_only(indices: Any) -> Any:

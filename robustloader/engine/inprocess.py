@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -39,27 +41,59 @@ from robustloader.worker.fetch import (
 from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
 from robustloader.worker.stateful import pickled_snapshot, restored_fetcher, take_snapshot
 
-__all__ = ["InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
+__all__ = ["LOOKED_AT", "InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
 
 
-def batch_nbytes(batch: Any, depth: int = 3) -> int:
-    """Size of a batch's tensors and arrays in bytes, as far as common containers show them."""
-    if isinstance(batch, torch.Tensor):
-        return batch.numel() * batch.element_size()
-    if depth and isinstance(batch, dict):
-        return sum(batch_nbytes(value, depth - 1) for value in batch.values())
-    if depth and isinstance(batch, (list, tuple)):
-        return sum(batch_nbytes(value, depth - 1) for value in batch)
-    return int(getattr(batch, "nbytes", 0)) if hasattr(batch, "__array_interface__") else 0
+LOOKED_AT = 1_000
+"""Parts of a batch, at each depth, that a running loop looks at for its size: statistics must not cost much."""
+
+_DEPTH = 3
+_ARRAYS = (torch.Tensor, np.ndarray)
+_PLAIN = frozenset((int, float, str, bytes, bool, type(None)))
 
 
-def count_tensors(batch: Any, depth: int = 3) -> int:
+def batch_nbytes(batch: Any, most: int | None = None) -> int:
+    """Size of a batch's tensors and arrays in bytes, as far as common containers show them.
+
+    Args:
+        most: how many parts to look at, at each depth; None looks at all.
+    """
+    return sum(map(_nbytes, _arrays(batch, most)))
+
+
+def count_tensors(batch: Any) -> int:
     """How many tensors and arrays a batch holds, as far as common containers show them."""
-    if depth and isinstance(batch, dict):
-        return sum(count_tensors(value, depth - 1) for value in batch.values())
-    if depth and isinstance(batch, (list, tuple)):
-        return sum(count_tensors(value, depth - 1) for value in batch)
-    return int(isinstance(batch, torch.Tensor) or hasattr(batch, "__array_interface__"))
+    return sum(1 for _ in _arrays(batch))
+
+
+def _arrays(batch: Any, most: int | None = None) -> Iterator[Any]:
+    """The tensors and arrays in a batch, the outermost first. Goes by types alone: to ask an object of the user's for
+    an attribute may raise, and has a lazily opened image decoded."""
+    level = [batch]
+    for _ in range(_DEPTH + 1):
+        inner: list[Any] = []
+        for part in level:
+            kind = type(part)
+            if kind in _PLAIN:
+                continue
+            if issubclass(kind, _ARRAYS):
+                yield part
+            elif issubclass(kind, list):
+                inner += list.__getitem__(part, slice(most))
+            elif issubclass(kind, tuple):
+                inner += tuple.__getitem__(part, slice(most))
+            elif issubclass(kind, dict):
+                inner += itertools.islice(dict.values(part), most)
+        if not inner:
+            return
+        level = inner[:most]
+
+
+def _nbytes(array: Any) -> int:
+    try:
+        return int(array.numel() * array.element_size() if isinstance(array, torch.Tensor) else array.nbytes)
+    except Exception:  # a subclass of the user's, or one whose size is not known yet (UninitializedParameter)
+        return 0
 
 
 class InProcessIterator(torch_private.LoaderIterator):
@@ -219,7 +253,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         report = outcome.report or Report()
         self._recording.worker_task(None, outcome.samples, load_ns, 0, task, None, begun)
         batch = outcome.batch
-        self._recording.delivered(outcome.samples, batch_nbytes(batch))
+        self._recording.delivered(outcome.samples, batch_nbytes(batch, most=LOOKED_AT))
         self.batch_info = BatchInfo(
             index=task,
             indices=() if self._options.iterable else loaded_indices(as_list(indices, batched=batched), report),
@@ -282,7 +316,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         """End the epoch's recording. It is complete when all batches were taken, even if nobody asked for one more."""
         try:
             complete = self._task >= len(self)
-        except (TypeError, NotImplementedError):  # a sampler without length
+        except Exception:  # a sampler without length, or whose __len__ raises
             complete = False
         self._close_recording(complete=complete)
         if self._progress.stream is not None and not self._progress.finished:

@@ -29,7 +29,7 @@ from robustloader.engine.adapting import Adapter
 from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
-from robustloader.engine.inprocess import StandIn, batch_nbytes, calls_of
+from robustloader.engine.inprocess import LOOKED_AT, StandIn, batch_nbytes, calls_of
 from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits, auto_ceiling
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
@@ -1057,7 +1057,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 slot.batches += 1
                 desk.budget.fetched(outcome.samples)
             books.recording.worker_task(None, outcome.samples, load_ns, 0, task.id, None, begun)
-            nbytes = batch_nbytes(outcome.batch)
+            nbytes = batch_nbytes(outcome.batch, most=LOOKED_AT)
             result = Result(outcome.batch, None, outcome.samples, nbytes, load_ns, None, outcome.report)
             if slot is not None:
                 result.shard, result.calls = slot.worker_id, stand_in.calls

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from robustloader.decisions.keys import probe
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.streams import Streams
 from robustloader.state import Delivered, LoaderState
@@ -208,7 +209,7 @@ class Progress:
 
 def ends_in_place(sampler: Any) -> bool:
     """Whether a sampler's state, when it has given its last index, says that and not where the next epoch begins."""
-    return bool(getattr(sampler, "ends_in_place", False))
+    return bool(probe(sampler, "ends_in_place"))
 
 
 class Journal:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from robustloader.decisions.keys import as_list, once_only
+from robustloader.decisions.keys import as_list, once_only, probe
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
@@ -67,14 +67,14 @@ def describe(loader: Any) -> Setting:
 def _length(thing: Any) -> int | None:
     try:
         return len(thing)
-    except (TypeError, NotImplementedError):
+    except Exception:  # a user's __len__
         return None
 
 
 def stateful_sampler(loader: Any) -> Any:
     """The sampler that keeps its own state: the batch sampler, what it draws from, or neither (None)."""
     batch_sampler = loader.batch_sampler
-    for sampler in (batch_sampler, getattr(batch_sampler, "sampler", None), loader.sampler):
+    for sampler in (batch_sampler, probe(batch_sampler, "sampler"), loader.sampler):
         if sampler is not None and is_stateful(sampler):
             return sampler
     return None
@@ -94,7 +94,7 @@ def _with_epochs(loader: Any) -> list[Any]:
     return [
         sampler
         for sampler in all_samplers(loader)
-        if callable(getattr(sampler, "set_epoch", None)) and isinstance(getattr(sampler, "epoch", None), int)
+        if callable(probe(sampler, "set_epoch")) and isinstance(probe(sampler, "epoch"), int)
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robustloader.decisions.keys import probe
 from robustloader.errors import StateError
 from robustloader.worker.seeding import restore_rng, rng_states
 from robustloader.worker.stateful import is_stateful
@@ -83,12 +84,12 @@ def own_generators(loader: Any) -> list[torch.Generator]:
     found: dict[int, torch.Generator] = {}
     samplers = all_samplers(loader)
     for place in [loader, *samplers]:
-        generator = getattr(place, "generator", None)
+        generator = probe(place, "generator")
         if isinstance(generator, torch.Generator) and generator is not torch.default_generator:
             found.setdefault(id(generator), generator)
     for place in samplers:
         if is_stateful(place):
-            found.pop(id(getattr(place, "generator", None)), None)
+            found.pop(id(probe(place, "generator")), None)
     return list(found.values())
 
 
@@ -98,10 +99,10 @@ def all_samplers(loader: Any) -> list[Any]:
     Frameworks put a batch sampler around another one (Accelerate shares batches out so): the inner ones count too.
     """
     batch_sampler = loader.batch_sampler
-    places = [batch_sampler, loader.sampler, getattr(batch_sampler, "sampler", None)]
+    places = [batch_sampler, loader.sampler, probe(batch_sampler, "sampler")]
     for _ in range(_NESTED):
-        batch_sampler = getattr(batch_sampler, "batch_sampler", None)
-        places += [batch_sampler, getattr(batch_sampler, "sampler", None)]
+        batch_sampler = probe(batch_sampler, "batch_sampler")
+        places += [batch_sampler, probe(batch_sampler, "sampler")]
     return list({id(place): place for place in places if place is not None}.values())
 
 

@@ -237,25 +237,30 @@ class HookedDataLoader(DataLoader):  # type: ignore[type-arg]  # torch 2.15 take
 
     def __iter__(self) -> Any:
         """A new epoch; with ``persistent_workers``, by the workers of the one before unless these are gone."""
-        if self._iterator is not None and (
-            getattr(self._iterator, "closed", False) or getattr(self._iterator, "once", False)
-        ):
+        kept = self._kept_iterator
+        if kept is not None and (getattr(kept, "closed", False) or getattr(kept, "once", False)):
             self.drop_iterator()
         return super().__iter__()
+
+    @property
+    def _kept_iterator(self) -> Any:
+        """The iterator whose workers persist, if there is one; code that ends them by hand deletes the attribute."""
+        return getattr(self, "_iterator", None)
 
     def natural_openings(self) -> tuple[str, str]:
         """What torch does at the beginning of the next epoch, and of all later ones: ``i`` for ``iter(sampler)``, ``s``
         for a draw of the base seed."""
         if not self.num_workers:
             return "is", "is"
-        kept = self._iterator
+        kept = self._kept_iterator
         goes_on = kept is not None and not getattr(kept, "closed", False) and not getattr(kept, "once", False)
         return "i" if goes_on else "isi", "i" if self.persistent_workers else "isi"
 
     def drop_iterator(self) -> None:
         """Close the persistent iterator, if there is one: the next epoch gets another."""
-        if self._iterator is not None and hasattr(self._iterator, "close"):
-            self._iterator.close()
+        kept = self._kept_iterator
+        if hasattr(kept, "close"):
+            kept.close()
         self._iterator = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,6 +17,8 @@ A worker's new arena comes as a descriptor with the frame that is the first to u
 from __future__ import annotations
 
 import array
+import ctypes
+import io
 import os
 import pickle
 import socket
@@ -46,8 +48,6 @@ _TURN_BYTES = 32 * 1024 * 1024  # read from one worker before the others get a t
 _JOIN_BYTES = 16 * 1024  # a copy of this size costs less than a system call with several parts
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 8)
 
-_PLAIN = frozenset((int, str))  # indices of these types need no special care
-
 _NEW_ARENA = 1  # a descriptor came along
 _RENEW = 2  # the worker should begin a new arena
 _PAYLOAD_PLACED = 4  # the payload lies in the arena: the table's last entry
@@ -75,8 +75,15 @@ class Frame(NamedTuple):
         return self.payload.nbytes + sum(_size(block) for _, block in self.buffers)
 
     def batch(self) -> Any:
-        """Unpickle the batch; raises whatever its own unpickling raises."""
-        return codec.loads(self.payload, self.buffers)
+        """Unpickle the batch; raises whatever its own unpickling raises.
+
+        Its tensors are ordinary ones: a batch that arrives while the loop is in inference mode may be one that it will
+        train on.
+        """
+        if not torch.is_inference_mode_enabled():  # as a rule; the question costs less than the answer
+            return codec.loads(self.payload, self.buffers)
+        with torch.inference_mode(False):
+            return codec.loads(self.payload, self.buffers)
 
 
 def _size(block: Any) -> int:
@@ -273,10 +280,9 @@ class Channel:
 
 def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> tuple[bytes, list[memoryview]]:
     """A frame: all of it, or its beginning and the other parts."""
+    envelope = _envelope(message)
     if parcel is None:
-        envelope = _envelope(message)
         return _HEAD.pack(len(envelope), 0, 0, len(released) // _EXTENT_BYTES, flags) + released + envelope, []
-    envelope = pickle.dumps(as_plain(message), 5)
     entries = [*parcel.buffers]
     pickled = parcel.pickled
     if isinstance(pickled, Placed):
@@ -297,15 +303,41 @@ def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> t
 
 
 def _envelope(message: Any) -> bytes:
-    """Messages hold the user's indices, which may be anything: pickled like a batch, with all buffers inside."""
-    plain, indices = as_plain(message), getattr(message, "indices", None)
-    if type(indices) is list and _PLAIN.issuperset(map(type, indices)):
-        return pickle.dumps(plain, 5)
-    parcel = codec.dumps(plain)
-    if not parcel.buffers:
-        assert not isinstance(parcel.pickled, Placed)
-        return bytes(parcel.pickled)
-    return pickle.dumps(plain, 5)
+    file = io.BytesIO()
+    _EnvelopePickler(file, protocol=5).dump(as_plain(message))
+    return file.getvalue()
+
+
+class _EnvelopePickler(pickle.Pickler):
+    """Pickles messages, which hold the user's indices, and these may be anything: as multiprocessing would, but for
+    plain tensors. An index is often a view of a whole permutation (``torch.randperm(n)[i]``), of which torch's own
+    pickle brings all along; here a tensor's elements go, and nothing else."""
+
+    dispatch_table = codec.REDUCERS  # type: ignore[assignment]  # asked for single items only
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is not torch.Tensor or not _is_plain(obj):
+            return NotImplemented
+        whole = obj.contiguous()
+        return _rebuild_tensor, (ctypes.string_at(whole.data_ptr(), whole.nbytes), obj.dtype, tuple(obj.shape))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _rebuild_tensor(elements: bytes, dtype: torch.dtype, size: tuple[int, ...]) -> torch.Tensor:
+    tensor = torch.empty(size, dtype=dtype, device="cpu")
+    ctypes.memmove(tensor.data_ptr(), elements, len(elements))
+    return tensor
 
 
 def _first(parts: deque[memoryview]) -> Iterator[memoryview]:
@@ -403,7 +435,7 @@ class _Parser:
                 assert channel.arena is not None
                 blocks.append((low, channel.arena.lease(Placed(low, position, size, extent))))
                 continue
-            block = torch.empty(size, dtype=torch.uint8)
+            block = torch.empty(size, dtype=torch.uint8, device="cpu")
             blocks.append((low, block))
             if size:
                 self._pending.append(block.numpy().data)

@@ -24,7 +24,7 @@ import torch
 
 from robustloader.system import torch_private
 
-__all__ = ["INLINE_BYTES", "Buffer", "Parcel", "Placed", "dumps", "loads"]
+__all__ = ["INLINE_BYTES", "REDUCERS", "Buffer", "Parcel", "Placed", "dumps", "loads"]
 
 INLINE_BYTES = 4_096
 """Storages and arrays up to this size ride inside the pickle: a buffer of its own costs more than the copy."""
@@ -141,7 +141,7 @@ class _Pickler(pickle.Pickler):
         # A method of this object would tie it to itself, and keep the batch alive until the collector comes round.
         self._taken: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self._taken.append)
-        self.dispatch_table = _REDUCERS  # type: ignore[assignment]  # asked for single items only
+        self.dispatch_table = REDUCERS  # type: ignore[assignment]  # asked for single items only
         # By the id of torch's storage object, which is one and the same for all tensors upon a storage as long as it is
         # held. Addresses will not do: torch.from_numpy() of one array twice makes two storages, as far as torch knows.
         self.storages: dict[int, _Storage] = {}
@@ -308,7 +308,7 @@ class _Reducers:
         raise KeyError(kind)
 
 
-_REDUCERS = _Reducers()
+REDUCERS = _Reducers()
 
 
 def _is_torch(reducer: Any) -> bool:

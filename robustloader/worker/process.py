@@ -352,7 +352,7 @@ def _decode(parcel: codec.Parcel) -> Any:
     blocks = []
     for buffer in parcel.buffers:
         assert isinstance(buffer, codec.Buffer)
-        block = torch.empty(buffer.memory.nbytes, dtype=torch.uint8)
+        block = torch.empty(buffer.memory.nbytes, dtype=torch.uint8, device="cpu")
         block.numpy().data[:] = buffer.memory
         blocks.append((buffer.low, block))
     assert not isinstance(parcel.pickled, codec.Placed)

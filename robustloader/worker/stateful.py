@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any, NamedTuple
 
+from robustloader.decisions.keys import probe
 from robustloader.worker.fetch import IterableFetcher, Plan
 from robustloader.worker.seeding import restore_rng, rng_states
 
@@ -30,7 +31,7 @@ class StreamSnapshot(NamedTuple):
 
 def is_stateful(thing: object) -> bool:
     """Whether an object follows the protocol that torch and torchdata call ``Stateful``."""
-    return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
+    return callable(probe(thing, "state_dict")) and callable(probe(thing, "load_state_dict"))
 
 
 def state_of(thing: Any, *, copied: bool = True) -> tuple[Any, ...]:

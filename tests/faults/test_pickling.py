@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,26 @@ def test_a_result_that_cannot_be_rebuilt(action: Any) -> None:
     assert {4, 6, 7} <= set(batches[1])
     (record,) = loader.fault_log
     assert (record.kind, record.index, record.error_type) == ("undecodable", 5, "FileNotFoundError")
+
+
+def many_floats(index: int) -> Any:
+    """An array that does not ride inside the pickle."""
+    return np.full(4_000, index, dtype=np.float64)
+
+
+def no_memory_here(worker_id: int) -> None:
+    """A default device on which nothing can be kept."""
+    torch.set_default_device("meta")
+
+
+def test_a_neighbour_is_rebuilt_whatever_the_default_device() -> None:
+    """The worker that looks for the sample at fault rebuilds its neighbours in the CPU's memory."""
+    makers = {place: Undecodable if place == 5 else many_floats for place in range(16)}
+    loader = RobustDataLoader(
+        Made(16, makers), batch_size=4, num_workers=1, collate_fn=list, worker_init_fn=no_memory_here
+    )
+    assert [len(batch) for batch in loader] == [4] * 4
+    assert [record.index for record in loader.fault_log] == [5]
 
 
 @pytest.mark.parametrize("action", ["replace", "skip"])

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterDataPipe, MapDataPipe
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from robustloader import RobustDataLoader, RobustLoaderWarning
+from robustloader import OptionError, RecoveryPolicy, RobustDataLoader, RobustLoaderWarning
 from tests.support import parity_data as data
 from tests.support.parity_run import MODES, STRICT, Program, assert_same, fingerprint
 from tests.support.torches import ORDERS_BY_CAPACITY, WARNS_OF_NO_ACCELERATOR
@@ -214,6 +214,25 @@ def test_copies_of_a_loader(mode: str, num_workers: int, begun: bool, how: Any) 
         assert twin.active_workers == 0
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_copy_counts_for_itself(num_workers: int, how: Any) -> None:
+    """What a copy delivers does not change where the original stands, nor what that has to tell."""
+    loader = RobustDataLoader(range(8), batch_size=2, num_workers=num_workers)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    twin = how(loader)
+    begun = iter(twin)
+    next(begun)
+    assert (loader.state_dict()["delivered"], twin.state_dict()["delivered"]) == (3, 1)
+    assert (loader.statistics().batches, twin.statistics().batches) == (3, 1)
+    assert len(list(begun)) == 3
+    assert twin.dataset == loader.dataset
+    assert [batch.tolist() for batch in iterator] == [[6, 7]]
+    assert len(loader.summaries) == len(twin.summaries) == 1
+
+
 def public(loader: Any) -> dict[str, Any]:
     """What frameworks look at."""
     return {name: value for name, value in vars(loader).items() if not name.startswith("_")}
@@ -352,6 +371,208 @@ class Held(data.Samples):
         if index == 0:
             assert self.event.wait(60)
         return index
+
+
+class Lazy:
+    """Opened, not yet read: to ask it for anything reads it, which fails."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"truncated (asked for {name})")
+
+
+class Settings(dict[str, Any]):
+    """Keys as attributes; one that is not there is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+def odd_batch(samples: list[Any]) -> Any:
+    """What cannot be asked for its size."""
+    kinds: list[Any] = [Lazy(), {"deep": {"deeper": {"still": Settings(x=1)}}}, torch.nn.UninitializedParameter()]
+    return [kinds[samples[0]]]
+
+
+@both_modes
+def test_a_batch_is_delivered_untouched(mode: str) -> None:
+    """Nothing of the loader's asks what is in a batch that the training process has loaded: that might fail, or have an
+    image decoded that was to stay as it is."""
+    for kind, options in both(mode):
+        loader = kind(range(3), collate_fn=odd_batch, **options)
+        found = [type(batch[0]) for batch in loader]
+        assert found == [Lazy, dict, torch.nn.UninitializedParameter]
+
+
+@both_modes
+@pytest.mark.parametrize("how", [lambda loader: loader, copy.copy, copy.deepcopy])
+def test_what_cannot_be_set_later(mode: str, how: Any) -> None:
+    """What a loader was built upon stays as it is, and whoever sets it is told so, in torch's words."""
+    words = "attribute should not be set after RobustDataLoader is initialized"
+    loader = how(RobustDataLoader(range(4), **MODES[mode]))
+    before = public(loader)
+    for name, value in [("batch_size", 2), ("faults", "skip"), ("telemetry", None)]:
+        with pytest.raises(ValueError, match=f"{name} {words}"):
+            setattr(loader, name, value)
+    assert public(loader) == before
+
+
+class BuiltByHand(RobustDataLoader[int]):
+    """Sets its own attributes before the loader sets them."""
+
+    def __init__(self, dataset: Any, faults: Any) -> None:
+        self.faults = faults
+        self.own = "kept"
+        super().__init__(dataset, faults=faults)
+
+
+def test_what_can_be_set_later() -> None:
+    """Other options count from the next iterator on, and are checked like arguments; before the constructor, all do."""
+    loader = BuiltByHand(range(4), "skip")
+    assert (loader.faults, loader.own) == ("skip", "kept")
+    loader.num_workers = 2
+    loader.recovery = RecoveryPolicy(max_restarts=1)
+    loader.memory, loader.seeding, loader.transport = None, "batch", "pipe"
+    assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+    for name, value in [("recovery", "none"), ("memory", 3), ("seeding", "bogus"), ("transport", None)]:
+        with pytest.raises(OptionError, match=f"{name} must be "):
+            setattr(loader, name, value)
+    assert (loader.seeding, loader.transport) == ("batch", "pipe")
+
+
+@both_modes
+@workers
+def test_an_iterator_that_was_deleted(mode: str, num_workers: int) -> None:
+    """Training scripts end workers by deleting the loader's private reference to them; the loader goes on."""
+    for kind, options in both(mode):
+        loader = kind(range(4), num_workers=num_workers, **options)
+        del loader._iterator
+        assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+        if isinstance(loader, RobustDataLoader):
+            loader.load_state_dict(loader.state_dict())
+        assert [int(batch) for batch in loader] == [0, 1, 2, 3]
+
+
+def floats(index: int) -> Any:
+    """An array that does not ride inside a message."""
+    return np.full(4_000, index, dtype=np.float64)
+
+
+@both_modes
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_default_device_in_the_training_process(mode: str, num_workers: int) -> None:
+    """Batches are on the CPU also where the loop makes its own tensors elsewhere, and there may be no room for them."""
+    for kind, options in both(mode):
+        iterator = iter(
+            kind(data.Shared(6, floats), batch_size=2, num_workers=num_workers, collate_fn=data.identity, **options)
+        )
+        with torch.device("meta"):
+            assert [[array[-1] for array in batch] for batch in iterator] == [[0, 1], [2, 3], [4, 5]]
+
+
+@both_modes
+def test_batches_that_arrive_in_inference_mode(mode: str) -> None:
+    """While one batch is taken in inference mode, others arrive, which will be trained on: none is marked for ever."""
+    weight = torch.ones(3, requires_grad=True)
+    loader = RobustDataLoader(data.Shared(8, three_kinds), batch_size=2, num_workers=1, **MODES[mode])
+    iterator = iter(loader)
+    with torch.inference_mode():
+        batches = [next(iterator)]
+        assert torch.is_inference_mode_enabled()
+    for batch in [*batches, *iterator]:
+        assert not any(tensor.is_inference() for tensor in batch)
+        sum((tensor[:, :3] * weight).sum() for tensor in batch).backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [3.0 * sum(range(8))] * 3
+
+
+def three_kinds(index: int) -> Any:
+    """A small tensor, a large one, and an array."""
+    return torch.full((3,), float(index)), torch.full((4_000,), float(index)), np.full(3, index, dtype=np.float32)
+
+
+class Unforthcoming:
+    """A sampler or batch sampler that raises where it is asked for what it has not."""
+
+    def __init__(self, entries: list[Any]) -> None:
+        self.__dict__["entries"] = entries
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["settings"][name]
+
+    def __iter__(self) -> Any:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+class NotYetSeeded(Unforthcoming):
+    """Its generator is there later."""
+
+    @property
+    def generator(self) -> Any:
+        raise RuntimeError("call set_epoch first")
+
+
+class Entry:
+    """Indices that can be walked through, and have no length."""
+
+    def __init__(self, *indices: int) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Any:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Sized:
+    """A batch sampler with a ``batch_size`` of its own kind."""
+
+    def __init__(self, batch_size: Any) -> None:
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Any:
+        return iter([[0, 1], [2, 3]])
+
+    def __len__(self) -> int:
+        return 2
+
+
+PAIRS: list[Any] = [[0, 1], [2, 3]]
+BATCH_SIZES: list[Any] = [
+    [8, 16],
+    (1, 4),
+    {0: 4},
+    "auto",
+    float("inf"),
+    torch.tensor([4, 8]),
+    len,
+    None,
+    2,
+    np.int64(2),
+]
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "__getattr__": {"sampler": Unforthcoming([0, 1, 2, 3]), "batch_size": 2},
+    "generator": {"sampler": NotYetSeeded([0, 1, 2, 3]), "batch_size": 2},
+    "batches": {"batch_sampler": Unforthcoming(PAIRS)},
+    "entries": {"batch_sampler": [Entry(0, 1), Entry(2, 3)]},
+    **{f"batch_size {size!r:.20}": {"batch_sampler": Sized(size)} for size in BATCH_SIZES},
+}
+
+
+@both_modes
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS.keys())
+def test_a_sampler_need_not_answer(mode: str, num_workers: int, options: dict[str, Any]) -> None:
+    """What torch does not ask of a sampler is not needed from it: it may be anything, or an error."""
+    for kind, ours in both(mode):
+        loader = kind(range(4), num_workers=num_workers, **options, **ours)
+        iterator = iter(loader)
+        batches = [next(iterator).tolist()]
+        if isinstance(loader, RobustDataLoader):
+            assert loader.state_dict()["delivered"] == 1
+        assert batches + [batch.tolist() for batch in iterator] == PAIRS
 
 
 @both_modes

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, default_collate
 
 from robustloader import RobustDataLoader
 from tests.support import parity_data as data
@@ -383,6 +383,46 @@ class Echo(Dataset[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return index, type(index).__name__
+
+
+class Slices:
+    """A batch sampler that yields slices of one permutation, as tensors."""
+
+    def __init__(self, size: int) -> None:
+        self.order = torch.randperm(size, generator=torch.Generator().manual_seed(1))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.order.split(64))
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // 64)
+
+
+@both_modes
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_indices_that_are_views_of_a_permutation(mode: str, num_workers: int) -> None:
+    """A tensor may be the sampler, or what it yields. A worker gets what an index holds, and not the permutation."""
+
+    def program(**more: Any) -> Program:
+        return Program(lambda: {"dataset": Echo(), "collate_fn": data.identity, "num_workers": num_workers, **more})
+
+    assert_same(program(sampler=SubsetRandomSampler(torch.arange(2_000)), batch_size=64), mode)
+    assert_same(program(batch_sampler=Slices(2_000)), mode)
+    if num_workers:
+        loader = RobustDataLoader(
+            StorageSizes(), sampler=torch.arange(2_000), batch_size=64, num_workers=num_workers, **MODES[mode]
+        )
+        assert {size for batch in loader for size in batch.tolist()} == {8}
+
+
+class StorageSizes(Dataset[Any]):
+    """How much memory the index holds on to."""
+
+    def __len__(self) -> int:
+        return 2_000
+
+    def __getitem__(self, index: torch.Tensor) -> int:
+        return int(index.untyped_storage().nbytes())
 
 
 @both_modes

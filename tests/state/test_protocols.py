@@ -204,3 +204,12 @@ def test_datasets_of_torchdata(dataset: Any, workers: int) -> None:
         rests.append(numbers(second))
     assert rests[0] == rests[1]
     assert sorted(numbers(second)) == list(range(SIZE))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_order_is_the_same_under_any_default_device(shuffle: bool) -> None:
+    """Indices are drawn on the CPU, also where a script makes its tensors elsewhere."""
+    sampler = ElasticDistributedSampler(range(9), 1, 0, shuffle=shuffle)
+    expected = list(sampler)
+    with torch.device("meta"):
+        assert list(sampler) == expected

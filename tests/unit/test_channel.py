@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from robustloader.transport import codec
 from robustloader.transport.channel import Channel, Frame, channel_pair
+from robustloader.transport.messages import Fetch
 from tests.support.parity_run import fingerprint
 
 PATIENCE_S = 30.0
@@ -260,6 +261,50 @@ def test_tensors_may_be_indices() -> None:
         found = receive(ours, 1)[0].message
         thread.join(PATIENCE_S)
         assert fingerprint(found) == fingerprint(indices)
+
+
+LARGE = torch.arange(500_000, dtype=torch.int64).reshape(-1, 2)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [*LARGE[:64, 0]],
+        LARGE.flatten()[100:164],
+        LARGE[:64, 1],
+        [*LARGE.flatten()[:1_000].reshape(-1, 2)],
+        [(LARGE[5], {"at": LARGE[7, 0]})],
+        [LARGE[5, 1], LARGE[5, 1].bfloat16(), LARGE[5:5], LARGE.flatten()[8_000:9_000]],
+    ],
+    ids=["samples", "slice", "column", "rows", "nested", "odd"],
+)
+def test_an_index_does_not_bring_what_it_is_a_view_of(indices: Any) -> None:
+    """Samplers yield views of a permutation of the whole dataset: their elements cross, and no others."""
+    ours, end = channel_pair()
+    with end:
+        ours.send(Fetch(0, 1, indices, (LARGE[3, 0],)))
+        ours.flush()
+        crossed = end.recv(1 << 20)
+    ours.close()
+    assert len(crossed) < 20_000  # 1,000 elements of eight bytes at most, and what describes 500 tensors
+    left, right = socket.socketpair()
+    with left:
+        right.setblocking(False)
+        channel = Channel(right)
+        left.sendall(crossed)
+        message = channel.receive()[0][0].message
+        channel.close()
+    assert fingerprint(compacted(message.indices)) == fingerprint(compacted(indices))
+    assert message.spares[0] == 6
+
+
+def compacted(value: Any) -> Any:
+    """The same with contiguous tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.contiguous()
+    if isinstance(value, dict):
+        return {key: compacted(part) for key, part in value.items()}
+    return type(value)(map(compacted, value)) if isinstance(value, (list, tuple)) else value
 
 
 def test_closing_twice_is_once() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustloader.decisions.keys import as_list, index_key, positions_of
+from robustloader.decisions.keys import as_list, count_indices, index_key, positions_of, probe
 
 SIMPLE = st.recursive(st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3).map(tuple))
 
@@ -67,6 +67,34 @@ def test_anything_has_a_key(index: Any) -> None:
 def test_a_repr_that_raises() -> None:
     """Still a key."""
     assert isinstance(index_key(Rude()), str)
+
+
+class Silent:
+    """Raises where it is asked for anything."""
+
+    def __init__(self, *indices: int) -> None:
+        self.__dict__["indices"] = indices
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Any:
+        return iter(self.indices)
+
+    def __repr__(self) -> str:
+        return f"Silent{self.indices}"
+
+
+def test_objects_that_raise_when_asked() -> None:
+    """They are indices all the same, known by their ``repr``, and may hold some."""
+    assert index_key(Silent(1)) == "r:Silent(1,)"
+    assert as_list(Silent(3, 1), batched=True) == [3, 1]
+    assert count_indices(Silent(3, 1)) == 1
+    assert probe(Silent(), "generator") is None
+    assert probe(3, "real") == 3
 
 
 @pytest.mark.parametrize(
