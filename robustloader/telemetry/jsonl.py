@@ -15,6 +15,7 @@ from typing import Any
 
 from robustloader.errors import OptionError, warn_user
 from robustloader.events import Event
+from robustloader.telemetry.deferral import tell_the_rest
 from robustloader.telemetry.labels import ConfiguredSink, fill_in, resolve_labels
 from robustloader.telemetry.plain import as_json
 
@@ -83,7 +84,7 @@ class JsonlSink(ConfiguredSink):
         self._check_content()
         self._host = socket.gethostname()
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close what it interrupts
         self._fd: int | None = None
         self._size = self._lost = 0
         self._retry_at_s = 0.0
@@ -120,6 +121,7 @@ class JsonlSink(ConfiguredSink):
 
     def close(self) -> None:
         """Close the file; events that come later are not written. Idempotent."""
+        tell_the_rest()
         with self._lock:
             self._closed = True
             self._close_fd()
