@@ -239,6 +239,52 @@ def test_threads_and_forks_share_a_sink(tmp_path: Path) -> None:
     child.close()
 
 
+A_FORK_LEAVES = """
+import os, sys
+from robustloader import JsonlSink, RobustDataLoader, TelemetryPolicy
+from torch.utils.data import IterableDataset
+
+class Walk:
+    def __init__(self): self.at = 0
+    def __iter__(self): return self
+    def __next__(self):
+        self.at += 1
+        if self.at > 20: raise StopIteration
+        return self.at
+    def state_dict(self):
+        print("asked", flush=True)
+        return {"at": self.at}
+    def load_state_dict(self, state): self.at = state["at"]
+
+class Stream(IterableDataset):
+    def __iter__(self): return Walk()
+
+def main():
+    telemetry = TelemetryPolicy(sinks=(JsonlSink(sys.argv[1]),))
+    batches = iter(RobustDataLoader(Stream(), 4, num_workers=int(sys.argv[2]), telemetry=telemetry))
+    next(batches)
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        for _ in batches: pass
+
+main()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fork_that_leaves_ends_nobodys_epoch(workers: int, tmp_path: Path) -> None:
+    """What it goes through on its way out is the trainer's: the epoch is told once, when it is over."""
+    path = tmp_path / "run.jsonl"
+    command = [sys.executable, "-c", A_FORK_LEAVES, path, str(workers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert names(path) == ["RunStarted", "EpochFinished"]
+    assert lines(path)[1]["summary"]["complete"]
+    if not workers:
+        assert not done.stdout, "the fork asked for the state of the stream"
+
+
 def test_sinks_travel_with_loaders(tmp_path: Path) -> None:
     """A pickle opens a file of its own when it is needed; a copy in this process is the sink itself."""
     sink = JsonlSink(tmp_path / "run.jsonl", labels={"a": "b"}, backups=3)
