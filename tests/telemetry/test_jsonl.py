@@ -340,6 +340,57 @@ def test_between_attempts_nothing_is_tried(tmp_path: Path) -> None:
         assert path.stat().st_size == 0
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_file_that_is_moved_or_removed_is_begun_anew(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a warning, once the event that noticed it is in the new file."""
+    monkeypatch.setattr("robustloader.telemetry.jsonl._LOOK_S", 0.0)
+    path = tmp_path / "run.jsonl"
+    with JsonlSink(path) as sink:
+        sink.receive(PoolHealed(workers=0))
+        path.rename(tmp_path / "old") if moved else path.unlink()
+        with pytest.warns(RobustLoaderWarning, match=r"moved or removed .*run\.jsonl.*begun anew"):
+            sink.receive(PoolHealed(workers=1))
+        sink.receive(PoolHealed(workers=2))
+    assert names(path) == ["RunStarted", "PoolHealed", "PoolHealed"]
+    assert lines(path)[1]["workers"] == 1
+    if moved:
+        assert names(tmp_path / "old") == ["RunStarted", "PoolHealed"]
+
+
+def test_a_file_that_another_takes_the_place_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As logrotate does, or another process that writes there and finds it full: nothing is lost, nothing to tell."""
+    monkeypatch.setattr("robustloader.telemetry.jsonl._LOOK_S", 0.0)
+    path = tmp_path / "run.jsonl"
+    with JsonlSink(path) as sink:
+        sink.receive(PoolHealed(workers=0))
+        path.rename(tmp_path / "run.jsonl.1")
+        path.touch()
+        sink.receive(PoolHealed(workers=1))
+    assert names(path) == ["RunStarted", "PoolHealed"]
+
+
+def test_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that fails: one warning, and when the folder is back, how many events were lost."""
+    monkeypatch.setattr("robustloader.telemetry.jsonl._LOOK_S", 0.0)
+    monkeypatch.setattr("robustloader.telemetry.jsonl._RETRY_S", 0.0)
+    path = tmp_path / "run" / "run.jsonl"
+    path.parent.mkdir()
+    with JsonlSink(path) as sink:
+        sink.receive(PoolHealed(workers=0))
+        path.unlink()
+        path.parent.rmdir()
+        with pytest.warns(RobustLoaderWarning, match=r"cannot be written to.*training goes on") as caught:
+            sink.receive(PoolHealed(workers=1))
+            sink.receive(PoolHealed(workers=2))
+        assert len(caught) == 1
+        path.parent.mkdir()
+        sink.receive(PoolHealed(workers=3))
+    assert names(path) == ["RunStarted", "EventsLost", "PoolHealed"]
+    assert lines(path)[1]["lost"] == 2
+
+
 MOUNTS = {
     "full": "mount -t tmpfs -o size=16k tmpfs {folder} && head -c 1M /dev/zero > {folder}/filler; true",
     "read-only": "mount -t tmpfs -o ro tmpfs {folder}",
