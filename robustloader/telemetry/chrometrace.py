@@ -252,6 +252,8 @@ class _Writer:
 
     def add(self, piece: str) -> None:
         """Append an element, in ASCII."""
+        if self._fd < 0:  # what ends with the program may do so after the trace
+            return
         self._pieces.append((",\n" if self.size else "[\n") + piece)
         self.size += len(piece) + 2
         self._held += len(piece) + 2
