@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -115,6 +116,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         if self.timeout_s != 0 and not self.once:
             raise AssertionError("_SingleProcessDataLoaderIter requires timeout == 0")
         self._options = options
+        self._owner = os.getpid()
         self._desk = options.desk
         self.epoch = options.epochs.next()
         self._recording = options.recorder.begin_epoch(
@@ -313,7 +315,10 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._recording.close(complete=complete, workers_at_end=0, now_ns=time.monotonic_ns())
 
     def close(self) -> None:
-        """End the epoch's recording. It is complete when all batches were taken, even if nobody asked for one more."""
+        """End the epoch's recording. It is complete when all batches were taken, even if nobody asked for one more.
+        Without effect in a forked process, which goes through it on its way out."""
+        if os.getpid() != self._owner:
+            return
         try:
             complete = self._task >= len(self)
         except Exception:  # a sampler without length, or whose __len__ raises

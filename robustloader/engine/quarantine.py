@@ -31,7 +31,7 @@ class Quarantine:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._path = None if path is None else os.fspath(path)
+        self._path = None if path is None else os.path.abspath(path)  # now: the program may change its folder
         self._writable = True
         self.kinds: dict[Key, FaultKind] = {}
         self.added: dict[Key, FaultKind] = {}
@@ -95,7 +95,7 @@ def _append(fd: int, line: bytes) -> None:
 
 
 def _read(path: str) -> dict[Key, FaultKind]:
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(path)
     if not os.path.isdir(folder):
         raise OptionError("quarantine", path, f"a path in an existing folder ({folder!r} does not exist)")
     try:

@@ -21,6 +21,7 @@ from robustloader.events import (
     SampleReplaced,
     TaskLoaded,
 )
+from robustloader.telemetry.deferral import tell_the_rest
 from robustloader.telemetry.labels import ConfiguredSink, fill_in, resolve_labels
 from robustloader.telemetry.plain import as_json
 
@@ -77,7 +78,7 @@ class ChromeTraceSink(ConfiguredSink):
             raise OptionError("path", self.path, "a file in a folder that exists; make the folder first")
         self._max_bytes = max_bytes
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close what it interrupts
         self._writer: _Writer | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._closed = False
@@ -104,6 +105,7 @@ class ChromeTraceSink(ConfiguredSink):
     def close(self) -> None:
         """End the list and close the file. Idempotent; done at the end of the program too."""
         if os.getpid() == self._pid:
+            tell_the_rest()
             with self._lock:
                 self._end()
 
@@ -250,6 +252,8 @@ class _Writer:
 
     def add(self, piece: str) -> None:
         """Append an element, in ASCII."""
+        if self._fd < 0:  # what ends with the program may do so after the trace
+            return
         self._pieces.append((",\n" if self.size else "[\n") + piece)
         self.size += len(piece) + 2
         self._held += len(piece) + 2

@@ -15,6 +15,7 @@ from typing import Any
 
 from robustloader.errors import OptionError, warn_user
 from robustloader.events import Event
+from robustloader.telemetry.deferral import tell_the_rest
 from robustloader.telemetry.labels import ConfiguredSink, fill_in, resolve_labels
 from robustloader.telemetry.plain import as_json
 
@@ -28,6 +29,8 @@ _START = b'{"schema": '
 _LONGEST_LINE = 1 << 20
 # After a failure the next attempt: a full disk is seldom mended sooner, and an attempt costs a system call or two.
 _RETRY_S = 60.0
+# How often to see that the file is still where it was: what a clean-up takes away in between is gone as the rest is.
+_LOOK_S = 1.0
 _ENVELOPE = frozenset(("schema", "event", "time", "epoch", "labels", "host"))
 
 
@@ -45,7 +48,8 @@ class JsonlSink(ConfiguredSink):
 
     *Failing*: a folder that does not exist is an error at once. Whatever the file system refuses later (disk full, no
     permission) is one warning; events are lost until an attempt, made every 60 s, succeeds, and then an ``EventsLost``
-    line says how many.
+    line says how many. A file that somebody moves or removes is begun anew within a second of events, with a warning
+    unless another one has taken its place.
 
     Runs in: the training process; any number of loaders and threads may share one. The file is opened at the first
     event, so that worker processes that import the user's script open nothing.
@@ -83,10 +87,10 @@ class JsonlSink(ConfiguredSink):
         self._check_content()
         self._host = socket.gethostname()
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close what it interrupts
         self._fd: int | None = None
         self._size = self._lost = 0
-        self._retry_at_s = 0.0
+        self._retry_at_s = self._look_at_s = 0.0
         self._warned = self._closed = False
 
     def receive(self, event: Event) -> None:
@@ -106,6 +110,7 @@ class JsonlSink(ConfiguredSink):
                 self._lost += 1
                 return
             try:
+                missing = self._look(now_s)
                 self._append(self._line(event))
             except OSError as error:
                 self._lost += 1
@@ -117,9 +122,13 @@ class JsonlSink(ConfiguredSink):
                         f"telemetry cannot be written to {self.path}: {error}; training goes on, events are lost until "
                         f"it can be (tried every {_RETRY_S:g} s)"
                     )
+            else:
+                if missing:
+                    warn_user(f"somebody moved or removed {self.path}, to which telemetry is written; it is begun anew")
 
     def close(self) -> None:
         """Close the file; events that come later are not written. Idempotent."""
+        tell_the_rest()
         with self._lock:
             self._closed = True
             self._close_fd()
@@ -133,6 +142,21 @@ class JsonlSink(ConfiguredSink):
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self._close_fd()
+
+    def _look(self, now_s: float) -> bool:
+        """Let go of a file that the path no longer leads to; whether it leads to none now."""
+        if self._fd is None or now_s < self._look_at_s:
+            return False
+        self._look_at_s = now_s + _LOOK_S
+        try:
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                self._close_fd()
+        except (FileNotFoundError, NotADirectoryError):
+            self._close_fd()
+            return True
+        except OSError:  # writing may still go well
+            pass
+        return False
 
     def _line(self, event: Event) -> bytes:
         fields = {"worker_pid" if name == "pid" else name: value for name, value in event.to_dict().items()}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from robustloader.errors import OptionError
 from robustloader.events import EpochFinished, EpochProgressed, Event
 from robustloader.telemetry.changes import changes
+from robustloader.telemetry.deferral import tell_the_rest
 from robustloader.telemetry.growth import Growth
 from robustloader.telemetry.labels import ConfiguredSink, fill_in, require, resolve_labels
 
@@ -127,6 +128,7 @@ class PrometheusSink(ConfiguredSink):
 
     def close(self) -> None:
         """Stop to serve, unless another sink shares the server. The metrics stay in the registry. Idempotent."""
+        tell_the_rest()
         self._closed = True
         server, self._server = self._server, None
         if server is not None and os.getpid() == self._pid:

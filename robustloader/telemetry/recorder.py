@@ -7,6 +7,7 @@ come in as arguments, in nanoseconds of ``time.monotonic_ns()``; only a reader w
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import resource
@@ -36,6 +37,7 @@ from robustloader.events import (
     WorkerRestarted,
 )
 from robustloader.policies import TelemetryPolicy
+from robustloader.telemetry.deferral import tell
 from robustloader.telemetry.faultlog import FaultLog
 from robustloader.telemetry.histogram import LogHistogram
 from robustloader.telemetry.summary import EpochSummary, Statistics, WorkerSummary
@@ -574,7 +576,7 @@ class Recorder:
             return
         self._send(EpochFinished(epoch=finished.epoch, loader=self.loader, summary=finished.kept))
         if self.policy.log_epochs:
-            _logger.info("%s", finished.kept.headline())
+            tell(functools.partial(_logger.info, "%s", finished.kept.headline()))
 
     @property
     def _tells_tasks(self) -> bool:
@@ -588,11 +590,11 @@ class Recorder:
 
     def _send(self, event: Event) -> None:
         """Hand an event to every sink."""
-        self._send_to(self._sinks, event)
+        tell(functools.partial(self._send_to, self._sinks, event))
 
     def _send_tasks(self, event: Event) -> None:
         """Hand an event to the sinks that want to hear of every task."""
-        self._send_to(tuple(filter(_wants_tasks, self._sinks)), event)
+        tell(functools.partial(self._send_to, tuple(filter(_wants_tasks, self._sinks)), event))
 
     def _send_to(self, sinks: tuple[Sink, ...], event: Event) -> None:
         """Hand an event to sinks; what a sink raises must not stop training, so that one is dropped."""

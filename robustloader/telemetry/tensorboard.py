@@ -9,6 +9,7 @@ from typing import Any
 
 from robustloader.errors import OptionError
 from robustloader.events import EpochFinished, EpochProgressed, Event, SampleFaulted, WorkerCrashed, WorkerHung
+from robustloader.telemetry.deferral import tell_the_rest
 from robustloader.telemetry.growth import Growth
 from robustloader.telemetry.labels import ConfiguredSink, fill_in, require, resolve_labels
 
@@ -115,6 +116,7 @@ class TensorBoardSink(ConfiguredSink):
 
     def close(self) -> None:
         """Flush and close the writer, where it is the sink's own. Idempotent."""
+        tell_the_rest()
         self._closed = True
         if self._owned and self._writer is not None and os.getpid() == self._pid:
             self._writer.close()

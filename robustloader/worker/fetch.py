@@ -161,9 +161,12 @@ class MapFetcher:
         except plan.catches as raised:
             error = raised
         # Outside the except, or every further exception of this task would carry this one as its context.
-        if plan.strict:
-            return self._broken(order, error, len(values) if stage == ITEM else -1)
-        return _Repair(plan, order, values if stage == ITEM else [], error, stage).run()
+        try:
+            if plan.strict:
+                return self._broken(order, error, len(values) if stage == ITEM else -1)
+            return _Repair(plan, order, values if stage == ITEM else [], error, stage).run()
+        finally:
+            del error  # its traceback holds this frame, and those of the callers
 
     def repair_unpicklable(self, order: Fetch, error: BaseException) -> Outcome:
         """The batch could not be encoded: find the samples at fault, and do without them."""
@@ -228,6 +231,8 @@ class _Repair:
             return self._assemble()
         except _Abort as abort:
             return Broken(abort.error, self._report(()))
+        finally:
+            self.error, self.first_error = None, {}
 
     # --- samples
 
@@ -278,6 +283,7 @@ class _Repair:
             else:
                 attempts = int(retrying.statistics.get("attempt_number", 1))
                 self.faults.append(_fault("exception", index, position, error, attempts, "retried", plan, True))
+                _let_go(error)
                 return self._prove(value, index, position)
         if isinstance(error, self.policy.fatal):
             self.faults.append(_fault("exception", index, position, error, attempts, "raised", plan))
@@ -324,6 +330,7 @@ class _Repair:
         self.faults.append(bad.fault._replace(action=action))
         if self.policy.action == "raise":
             raise _Abort(bad.error)
+        _let_go(bad.error)
         self.bad.append(position)
         self.failed.add(position)
 
@@ -372,6 +379,7 @@ class _Repair:
                     self.values[position] = self._load(spare, -1 - number)
                 except _Bad as bad:
                     self.faults.append(bad.fault._replace(action="replaced", position=-1))
+                    _let_go(bad.error)
                     continue
                 self._replace(position, spare)
                 break
@@ -424,6 +432,16 @@ def _get_one(plan: Plan, index: Any) -> Any:
             return values[0]
         # __getitems__ may return whatever its collate_fn understands; then only __getitem__ gives a sample.
     return dataset[index]
+
+
+def _let_go(error: BaseException) -> None:
+    """Forget which frames an error has passed, once its fault has their text: some of them hold the error in turn, and
+    such a cycle keeps the samples, and in the training process the iterator, until a garbage collection.
+    """
+    link: BaseException | None = error
+    while link is not None and link.__traceback__ is not None:
+        link.__traceback__ = None
+        link = link.__context__ if link.__cause__ is None else link.__cause__
 
 
 def _misfits(plan: Plan, values: list[Any], collate: Callable[[list[Any]], Any]) -> tuple[list[int], Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.utils.data import default_collate
 
 import robustloader.worker.fetch
 from robustloader import FaultPolicy, Retry, RobustDataLoader, SampleReplaced
-from tests.support.datasets import Damaged, Flaky, Numbers, Raising, WithItems, damaged, noted, offline
+from tests.support.datasets import Damaged, Flaky, Numbers, Raising, Shaped, WithItems, damaged, noted, offline
 from tests.support.listener import Listener, flat
 
 pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
@@ -347,3 +349,52 @@ def test_collate_sees_what_torch_would_give_it(workers: int) -> None:
     assert second == [4, 5, 6, 7]
     if not workers:
         assert seen == [first, second]
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Chained(Numbers):
+    """Sample 3 raises because of something else."""
+
+    def load(self, index: int) -> Any:
+        if index == 3:
+            try:
+                raise damaged(index)
+            except Damaged as error:
+                raise ValueError("no picture") from error
+        return index
+
+
+class ChainedItems(Chained):
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+FAULTY: dict[str, Callable[[Path], Any]] = {
+    "raised": lambda folder: raising((3,), 8),
+    "raised by __getitems__": lambda folder: WithItems(8, {3: damaged}),
+    "raised from another": lambda folder: Chained(8),
+    "raised by __getitems__ from another": lambda folder: ChainedItems(8),
+    "retried": lambda folder: Flaky(8, (3,), 1, folder),
+    "retried in vain": lambda folder: Flaky(8, (3,), 9, folder),
+    "of another shape": lambda folder: Shaped(8, (3,)),
+}
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("action", ["replace", "skip"])
+@pytest.mark.parametrize("faulty", FAULTY)
+def test_an_iterator_that_met_a_fault_goes_with_its_last_reference(faulty: str, action: Any, tmp_path: Path) -> None:
+    """As one that met none: an error that is dealt with holds neither the iterator nor the samples."""
+    loader = RobustDataLoader(FAULTY[faulty](tmp_path), 4, faults=FaultPolicy(action=action, retry=NO_WAIT))
+    iterator = iter(loader)
+    next(iterator)
+    assert loader.fault_log.total == 1
+    gone = weakref.ref(iterator)
+    del iterator
+    assert gone() is None

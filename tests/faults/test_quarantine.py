@@ -55,6 +55,19 @@ def test_known_samples_are_never_fetched_again(workers: int, action: Any, tmp_pa
 
 
 @quiet
+def test_a_program_that_changes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file stays where the loader was made, and the policy says what it was given."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    policy = FaultPolicy(quarantine="bad.jsonl")
+    loader = RobustDataLoader(Raising(24, dict.fromkeys(BAD, damaged)), batch_size=8, faults=policy)
+    monkeypatch.chdir(tmp_path / "run")
+    list(loader)
+    assert keys(tmp_path / "bad.jsonl") == list(BAD)
+    assert policy.quarantine == "bad.jsonl"
+
+
+@quiet
 @WORKERS
 def test_within_a_run(workers: int, tmp_path: Path) -> None:
     """The next epoch knows what this one found."""

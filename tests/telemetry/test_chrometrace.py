@@ -95,6 +95,19 @@ def test_the_end_of_the_program_ends_the_trace(tmp_path: Path) -> None:
     assert [mark["args"]["workers"] for mark in marks(load(path), "PoolHealed")] == [1, 2]
 
 
+def test_an_epoch_that_the_program_cuts_short(tmp_path: Path) -> None:
+    """Its end comes after the trace's: there is nothing to warn of."""
+    code = (
+        "import sys\nfrom robustloader import ChromeTraceSink, RobustDataLoader, TelemetryPolicy\n"
+        "policy = TelemetryPolicy(sinks=(ChromeTraceSink(sys.argv[1]),))\n"
+        "batches = iter(RobustDataLoader(range(20), 4, num_workers=1, telemetry=policy))\nnext(batches)\n"
+    )
+    path = tmp_path / "trace.json"
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert path.read_text().endswith("}\n]\n")
+
+
 def test_a_trace_ends_at_its_size(tmp_path: Path) -> None:
     """Below the size that was asked for, whole, and saying so; the events that follow are not drawn."""
     path, size = tmp_path / "trace.json", 20_000

@@ -239,6 +239,52 @@ def test_threads_and_forks_share_a_sink(tmp_path: Path) -> None:
     child.close()
 
 
+A_FORK_LEAVES = """
+import os, sys
+from robustloader import JsonlSink, RobustDataLoader, TelemetryPolicy
+from torch.utils.data import IterableDataset
+
+class Walk:
+    def __init__(self): self.at = 0
+    def __iter__(self): return self
+    def __next__(self):
+        self.at += 1
+        if self.at > 20: raise StopIteration
+        return self.at
+    def state_dict(self):
+        print("asked", flush=True)
+        return {"at": self.at}
+    def load_state_dict(self, state): self.at = state["at"]
+
+class Stream(IterableDataset):
+    def __iter__(self): return Walk()
+
+def main():
+    telemetry = TelemetryPolicy(sinks=(JsonlSink(sys.argv[1]),))
+    batches = iter(RobustDataLoader(Stream(), 4, num_workers=int(sys.argv[2]), telemetry=telemetry))
+    next(batches)
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        for _ in batches: pass
+
+main()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fork_that_leaves_ends_nobodys_epoch(workers: int, tmp_path: Path) -> None:
+    """What it goes through on its way out is the trainer's: the epoch is told once, when it is over."""
+    path = tmp_path / "run.jsonl"
+    command = [sys.executable, "-c", A_FORK_LEAVES, path, str(workers)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert names(path) == ["RunStarted", "EpochFinished"]
+    assert lines(path)[1]["summary"]["complete"]
+    if not workers:
+        assert not done.stdout, "the fork asked for the state of the stream"
+
+
 def test_sinks_travel_with_loaders(tmp_path: Path) -> None:
     """A pickle opens a file of its own when it is needed; a copy in this process is the sink itself."""
     sink = JsonlSink(tmp_path / "run.jsonl", labels={"a": "b"}, backups=3)
@@ -292,6 +338,57 @@ def test_between_attempts_nothing_is_tried(tmp_path: Path) -> None:
             sink.receive(PoolHealed(workers=0))
         sink.receive(PoolHealed(workers=1))
         assert path.stat().st_size == 0
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_file_that_is_moved_or_removed_is_begun_anew(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a warning, once the event that noticed it is in the new file."""
+    monkeypatch.setattr("robustloader.telemetry.jsonl._LOOK_S", 0.0)
+    path = tmp_path / "run.jsonl"
+    with JsonlSink(path) as sink:
+        sink.receive(PoolHealed(workers=0))
+        path.rename(tmp_path / "old") if moved else path.unlink()
+        with pytest.warns(RobustLoaderWarning, match=r"moved or removed .*run\.jsonl.*begun anew"):
+            sink.receive(PoolHealed(workers=1))
+        sink.receive(PoolHealed(workers=2))
+    assert names(path) == ["RunStarted", "PoolHealed", "PoolHealed"]
+    assert lines(path)[1]["workers"] == 1
+    if moved:
+        assert names(tmp_path / "old") == ["RunStarted", "PoolHealed"]
+
+
+def test_a_file_that_another_takes_the_place_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As logrotate does, or another process that writes there and finds it full: nothing is lost, nothing to tell."""
+    monkeypatch.setattr("robustloader.telemetry.jsonl._LOOK_S", 0.0)
+    path = tmp_path / "run.jsonl"
+    with JsonlSink(path) as sink:
+        sink.receive(PoolHealed(workers=0))
+        path.rename(tmp_path / "run.jsonl.1")
+        path.touch()
+        sink.receive(PoolHealed(workers=1))
+    assert names(path) == ["RunStarted", "PoolHealed"]
+
+
+def test_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that fails: one warning, and when the folder is back, how many events were lost."""
+    monkeypatch.setattr("robustloader.telemetry.jsonl._LOOK_S", 0.0)
+    monkeypatch.setattr("robustloader.telemetry.jsonl._RETRY_S", 0.0)
+    path = tmp_path / "run" / "run.jsonl"
+    path.parent.mkdir()
+    with JsonlSink(path) as sink:
+        sink.receive(PoolHealed(workers=0))
+        path.unlink()
+        path.parent.rmdir()
+        with pytest.warns(RobustLoaderWarning, match=r"cannot be written to.*training goes on") as caught:
+            sink.receive(PoolHealed(workers=1))
+            sink.receive(PoolHealed(workers=2))
+        assert len(caught) == 1
+        path.parent.mkdir()
+        sink.receive(PoolHealed(workers=3))
+    assert names(path) == ["RunStarted", "EventsLost", "PoolHealed"]
+    assert lines(path)[1]["lost"] == 2
 
 
 MOUNTS = {

@@ -43,6 +43,17 @@ def test_without_a_path_nothing_is_kept() -> None:
     assert quarantine.keys == {4}
 
 
+def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program may go elsewhere, as it does where each run has a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    quarantine = Quarantine("bad.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    quarantine.record(fault(3))
+    assert Quarantine("../bad.jsonl").keys == {3}
+    assert not os.listdir()
+
+
 def test_what_is_recorded_is_read_again(tmp_path: Path) -> None:
     """By key, whatever type the index had."""
     path = tmp_path / "bad.jsonl"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import json
 import logging
+import os
 import pickle
 import re
 import subprocess
@@ -64,6 +66,16 @@ class Broken:
 
     def __repr__(self) -> str:
         return "Broken()"
+
+
+class Ending:
+    """Ends an epoch when it goes, as an iterator does."""
+
+    def __init__(self, recording: EpochRecording) -> None:
+        self.recording = recording
+
+    def __del__(self) -> None:
+        self.recording.close(complete=False, workers_at_end=2, now_ns=SECOND)
 
 
 def begin(recorder: Recorder, epoch: int = 0, workers: int = 2, now_ns: int = 0) -> EpochRecording:
@@ -467,6 +479,23 @@ class TestSinks:
         assert event.summary is summary
         assert event.epoch == 4
         assert json.dumps(event.to_dict())
+
+    def test_what_ends_in_a_collection_is_told_with_the_next_event(self) -> None:
+        """Before that, by this process, and in no copy of it."""
+        listener = Listener()
+        recorder = Recorder(TelemetryPolicy(sinks=(listener,)))
+        ending: list[Any] = [Ending(begin(recorder))]
+        ending.append(ending)
+        del ending
+        gc.collect()
+        assert not listener.heard and len(recorder.summaries) == 1
+        child = os.fork()
+        begin(recorder).emit(PoolHealed(workers=2))
+        told = [type(event) for event in listener.heard]
+        if not child:
+            os._exit(told != [PoolHealed])
+        assert os.waitpid(child, 0)[1] == 0
+        assert told == [EpochFinished, PoolHealed]
 
     @pytest.mark.parametrize("wanted", [True, False])
     def test_one_line_in_the_log_per_epoch(self, wanted: bool, caplog: pytest.LogCaptureFixture) -> None:

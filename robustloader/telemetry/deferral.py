@@ -1,0 +1,74 @@
+"""Nothing is told within a garbage collection.
+
+An iterator that is part of a cycle ends when the collector comes by, and that may be in the middle of anything, in any
+thread: in a sink that holds its lock, in the user's own call of the writer behind a sink, in the thread that serves
+metrics. To tell of its end right there would wait for a lock that the same thread holds further down, for ever. So what
+a finalizer has to tell then is put off until the next event, a sink's ``close`` or the end of the program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["tell", "tell_the_rest"]
+
+_collecting: int | None = None
+"""The thread that runs a collection; there is one collection at a time."""
+
+_waiting: deque[Callable[[], object]] = deque()
+
+
+def tell(telling: Callable[[], object]) -> None:
+    """Call ``telling`` now, or, within a garbage collection, later.
+
+    Runs in: any thread of the training process.
+    """
+    if _within_collection():
+        _waiting.append(telling)
+    else:
+        tell_the_rest()
+        telling()
+
+
+def tell_the_rest() -> None:
+    """Make up for what was put off, oldest first."""
+    while _waiting and not _within_collection():
+        try:
+            telling = _waiting.popleft()
+        except IndexError:  # another thread has taken the last one
+            return
+        telling()
+
+
+def _within_collection() -> bool:
+    return _collecting == threading.get_ident()
+
+
+def _note(phase: str, info: dict[str, Any]) -> None:
+    global _collecting
+    _collecting = threading.get_ident() if phase == "start" else None
+
+
+def _forget() -> None:
+    """In a forked process: what waits is the original's to tell."""
+    global _collecting
+    _collecting = None
+    _waiting.clear()
+
+
+def _end() -> None:
+    with contextlib.suppress(ValueError):  # somebody has cleared the list
+        gc.callbacks.remove(_note)
+    tell_the_rest()
+
+
+gc.callbacks.append(_note)
+os.register_at_fork(after_in_child=_forget)
+atexit.register(_end)
