@@ -19,6 +19,7 @@ from robustloader.engine.faults import add_note, rebuild
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.progress import Resumption, ShardProgress
 from robustloader.engine.resume import shard_progress
+from robustloader.engine.streams import Standing, own_generators
 from robustloader.errors import SampleError
 from robustloader.events import BatchInfo
 from robustloader.state import LoaderState
@@ -91,6 +92,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._taken: frozenset[int] = frozenset()
         if resume is not None:
             self._spares, self._task, self._taken = resume.spares, resume.state.delivered, frozenset(resume.state.ahead)
+        self._generators = own_generators(loader)
         self._returned_ns = 0
         self._ahead: list[Any] = []
         self._error: Exception | None = None
@@ -124,6 +126,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._fetcher = self._resume_stream(loader, plan, resume)
         if not isinstance(self._fetcher, Shards):
             self._progress.stream = self._fetcher
+        if resume is None:
+            self._progress.opened = Standing.of(self._generators)
 
     def _resume_stream(self, loader: DataLoader[Any], plan: Plan, resume: Resumption) -> IterableFetcher | Shards:
         shards, indices = self._progress.shards, self.next_indices()
@@ -230,7 +234,16 @@ class InProcessIterator(torch_private.LoaderIterator):
         return torch_private.pin_memory(batch, self.pin_device) if self.pins else batch
 
     def _read(self) -> Any:
-        return self._ahead.pop(0) if self._ahead else once_only(self.next_indices())
+        return self._ahead.pop(0) if self._ahead else self._read_on()
+
+    def _read_on(self) -> Any:
+        if self._progress.opened is not None:  # the trainer may have drawn since
+            self._progress.first_read(Standing.of(self._generators))
+        try:
+            return once_only(self.next_indices())
+        except StopIteration:
+            self._progress.reads += 1
+            raise
 
     def _pass_over(self, indices: Any) -> None:
         """This task was delivered before the epoch was resumed."""
@@ -259,7 +272,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         """Read indices until ``tasks`` tasks are known, so that there is something to draw spares from."""
         with contextlib.suppress(StopIteration):
             while not self._options.iterable and self._spares.observed < tasks:
-                ahead = once_only(self.next_indices())
+                ahead = self._read_on()
                 self._ahead.append(ahead)
                 task = self._spares.observed
                 self._spares.observe(task, as_list(ahead, batched=self._options.batched))

@@ -17,6 +17,7 @@ from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
 from robustloader.engine.streams import (
+    Standing,
     Streams,
     all_samplers,
     decode_generator,
@@ -145,6 +146,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
             dataset_state=state_of(loader.dataset),
             **common,
         )
+    reading = progress.where_read(Standing.of(own_generators(loader)))
     read, mark = progress.latest_mark() or (0, None)
     if isinstance(mark, str):
         raise StateError(f"the sampler's own state_dict() failed, so nobody knows where it stood: {mark}", found=mark)
@@ -156,6 +158,8 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         opening=progress.opening,
         streams=encode_streams(progress.beginning.streams),
         generators=tuple(map(encode_generator, progress.beginning.generators)),
+        reading=() if reading is None else reading.encode(),
+        sampler_reads=progress.reads,
         sampler_epochs=progress.beginning.sampler_epochs,
         workers=progress.workers,
         shards=tuple(_shard_state(shard, progress.stream) for shard in progress.shards),
@@ -294,6 +298,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     The global random generators are what they were then meanwhile, and the user's again afterwards.
     """
     generators = _set_generators(loader, state.generators)
+    reading = Standing.decode(state.reading) if state.reading else None
     _tell_epochs(loader, state.sampler_epochs)
     streams = decode_streams(state.streams)
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
@@ -311,6 +316,9 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
                 indices = iter(reads)
             else:
                 torch_private.draw_base_seed(loader)
+        opened = Standing.of(own_generators(loader))
+        if reading is not None:
+            reading.restore(own_generators(loader))
         unread = encode_streams(rng_states()) == state.streams_now
         if state.sampler_state:
             if state.spares:
@@ -320,15 +328,23 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
             _pass_over(indices, range(first, state.delivered), observing, batched=batched)
         elif not iterable:
             indices = _walk(reads, indices, state.delivered, observing, batched=batched)
-        # What a sampler draws when it is first read belongs to here: read it.
-        indices = itertools.chain(list(itertools.islice(indices, 1)), indices)
+        # What a sampler draws when it is first read belongs to here: read it. With generators of its own, as far as the
+        # saved run had: from there on these are where it, and whoever shares them, had left them.
+        as_far = bool(generators) and state.sampler_reads > 0 and not state.sampler_state
+        ahead = max(0, state.sampler_reads - state.delivered) if as_far else 1
+        indices = itertools.chain(list(itertools.islice(indices, ahead)), indices)
         onward = rng_states() if unread else None
+    if iterable or state.sampler_reads > 0:
+        _set_generators(loader, state.generators_now)
     beginning = Beginning(streams=streams, generators=generators, sampler_epochs=state.sampler_epochs)
     return Resumption(
         state=state,
         beginning=beginning,
         indices=indices,
         spares=spares,
+        reads=state.delivered + ahead,
+        opened=opened,
+        reading=reading,
         mark=mark,
         skipped=state.sampler_skip,
         onward=onward,

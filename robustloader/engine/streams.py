@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from robustloader.worker.stateful import is_stateful
 
 __all__ = [
     "Continuation",
+    "Standing",
     "Streams",
     "all_samplers",
     "decode_generator",
@@ -103,6 +104,37 @@ def all_samplers(loader: Any) -> list[Any]:
         batch_sampler = getattr(batch_sampler, "batch_sampler", None)
         places += [batch_sampler, getattr(batch_sampler, "sampler", None)]
     return list({id(place): place for place in places if place is not None}.values())
+
+
+class Standing(NamedTuple):
+    """Where the random generators stand: the global ones, and those that belong to a loader and its samplers."""
+
+    streams: Streams
+    generators: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, generators: list[torch.Generator]) -> Standing:
+        """Where they stand now."""
+        return cls(rng_states(), [generator.get_state() for generator in generators])
+
+    def restore(self, generators: list[torch.Generator]) -> None:
+        """Put them back there."""
+        restore_rng(self.streams)
+        for generator, state in zip(generators, self.generators, strict=True):
+            generator.set_state(state)
+
+    def is_at(self, other: Standing) -> bool:
+        """Whether both are the same place."""
+        return _same(self.streams, other.streams) and _same(tuple(self.generators), tuple(other.generators))
+
+    def encode(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The states as text."""
+        return encode_streams(self.streams), tuple(map(encode_generator, self.generators))
+
+    @classmethod
+    def decode(cls, texts: tuple[tuple[str, ...], ...]) -> Standing:
+        """The states again. Raises :class:`StateError` for damaged ones."""
+        return cls(decode_streams(texts[0]), list(map(decode_generator, texts[1])))
 
 
 class Continuation:

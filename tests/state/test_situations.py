@@ -181,6 +181,100 @@ def test_an_abandoned_epoch_goes_on() -> None:
     assert sorted(head + numbers(ours)) == list(range(30))
 
 
+def drawing(kind: str) -> tuple[RobustDataLoader[Any], RobustDataLoader[Any]]:
+    """Two loaders without workers that draw from the same generator."""
+    generator = torch.Generator().manual_seed(8) if kind == "shared" else None
+    one, other = (RobustDataLoader(Numbers(30), 3, shuffle=True, generator=generator) for _ in range(2))
+    return one, other
+
+
+@pytest.mark.parametrize("kind", ["global", "shared"])
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_others_draw_between_iter_and_the_first_batch(kind: str, stop: int) -> None:
+    """Without workers, a sampler draws when the first batch is asked for: ``zip`` begins another loader before that."""
+    torch.manual_seed(2)
+    ours, other = drawing(kind)
+    if stop:
+        pairs = zip(ours, other, strict=True)
+        head = numbers(pair[0] for pair in itertools.islice(pairs, stop))
+        state = ours.state_dict()
+        rest = numbers(pair[0] for pair in pairs)
+    else:
+        iterator = iter(ours)
+        iter(other)
+        torch.rand(3)
+        state, head = ours.state_dict(), []
+        rest = numbers(iterator)
+    for further in (2, 0):  # resumed, stopped and resumed again
+        ours, _ = drawing(kind)
+        ours.load_state_dict(state)
+        iterator = iter(ours)
+        torch.rand(5)
+        told = numbers(itertools.islice(iterator, further))
+        state = ours.state_dict()
+        assert told + numbers(iterator) == rest
+        head, rest = head + told, rest[len(told) :]
+    assert sorted(head + rest) == list(range(30))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 3, 8, 9])
+def test_a_generator_that_loaders_share(workers: int, stop: int) -> None:
+    """A validation in the middle of the epoch draws from it: the next epochs are those of the saved run all the same,
+    wherever it was stopped, also where workers have read the sampler to its end."""
+
+    def make() -> list[RobustDataLoader[Any]]:
+        generator = torch.Generator().manual_seed(8)
+        return [
+            RobustDataLoader(Numbers(30), 3, shuffle=True, generator=generator, num_workers=workers),
+            RobustDataLoader(Numbers(6), 3, generator=generator),
+        ]
+
+    def epochs(training: Any, validation: Any, steps: int) -> list[list[int]]:
+        told = []
+        for epoch in range(3):
+            told.append([])
+            for step, batch in enumerate(training, start=0 if epoch else steps):
+                if step == 2:
+                    list(validation)
+                told[-1] += batch.tolist()
+        return told
+
+    training, validation = make()
+    whole = epochs(training, validation, 0)
+    training, validation = make()
+    head = []
+    iterator = iter(training)
+    for step in range(stop):
+        batch = next(iterator)
+        if step == 2:
+            list(validation)
+        head += batch.tolist()
+    states = training.state_dict(), validation.state_dict()
+    del iterator
+    training, validation = make()
+    training.load_state_dict(states[0])
+    validation.load_state_dict(states[1])
+    told = epochs(training, validation, stop)
+    assert [head + told[0], *told[1:]] == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_version_0_1(workers: int) -> None:
+    """It has no word of when the sampler was read, and is loaded as it was then."""
+    ours = RobustDataLoader(Numbers(30), 3, shuffle=True, generator=torch.Generator().manual_seed(8))
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict()
+    del state["reading"], state["sampler_reads"]
+    other = RobustDataLoader(
+        Numbers(30), 3, shuffle=True, generator=torch.Generator().manual_seed(9), num_workers=workers
+    )
+    other.load_state_dict(state)
+    assert numbers(other) == numbers(iterator)
+    assert numbers(other) == numbers(ours)
+
+
 class Uneven(IterableDataset):
     """One sample for the first worker, 20 for the second."""
 
