@@ -37,7 +37,7 @@ from robustloader.worker.fetch import (
     Short,
     make_fetcher,
 )
-from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
+from robustloader.worker.seeding import KeptStreams, RandomStreams, preserve_rng, restore_rng, seed_batch
 from robustloader.worker.stateful import pickled_snapshot, restored_fetcher, take_snapshot
 
 __all__ = ["InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
@@ -93,6 +93,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         if resume is not None:
             self._spares, self._task, self._taken = resume.spares, resume.state.delivered, frozenset(resume.state.ahead)
         self._generators = own_generators(loader)
+        self._streams: KeptStreams | None = None
         self._returned_ns = 0
         self._ahead: list[Any] = []
         self._error: Exception | None = None
@@ -136,11 +137,16 @@ class InProcessIterator(torch_private.LoaderIterator):
         shard = shards[0]
         if shard.snapshot is not None:
             return restored_fetcher(plan, pickle.loads(shard.snapshot))
-        with preserve_rng():
-            restore_rng(resume.beginning.streams)
-            fetcher = IterableFetcher(plan)
-            for _ in range(shard.calls):
-                fetcher.fetch(Fetch(0, -1, indices))
+        # Read again as it was read, and from there on under streams of its own: whoever reads it again does the same.
+        self._streams = KeptStreams(resume.opened.streams)
+        with Standing.kept(self._generators):
+            resume.opened.restore(self._generators)
+            with self._streams.active():
+                fetcher = IterableFetcher(plan)
+                if resume.reading is not None:
+                    resume.reading.restore(self._generators)
+                for _ in range(shard.calls):
+                    fetcher.fetch(Fetch(0, -1, indices))
         return fetcher
 
     def prime(self) -> None:
@@ -258,7 +264,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             with preserve_rng():
                 seed_batch(self.base_seed, self.epoch, order.task)
                 return self._fetcher.fetch(order)
-        return self._fetcher.fetch(order)
+        with self._streams.active() if self._streams is not None else contextlib.nullcontext():
+            return self._fetcher.fetch(order)
 
     def _take(self, report: Report | None, task: int) -> None:
         try:

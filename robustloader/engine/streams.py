@@ -117,6 +117,16 @@ class Standing(NamedTuple):
         """Where they stand now."""
         return cls(rng_states(), [generator.get_state() for generator in generators])
 
+    @classmethod
+    @contextlib.contextmanager
+    def kept(cls, generators: list[torch.Generator]) -> Iterator[None]:
+        """Put them back to where they are now afterwards."""
+        now = cls.of(generators)
+        try:
+            yield
+        finally:
+            now.restore(generators)
+
     def restore(self, generators: list[torch.Generator]) -> None:
         """Put them back there."""
         restore_rng(self.streams)

@@ -217,6 +217,57 @@ def test_others_draw_between_iter_and_the_first_batch(kind: str, stop: int) -> N
     assert sorted(head + rest) == list(range(30))
 
 
+class Shuffled(IterableDataset):
+    """Draws its order in ``iter()``, when it is first read, or (``buffer``) sample by sample."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __iter__(self) -> Any:
+        return iter(torch.randperm(60).tolist()) if self.kind == "iter" else self.read()
+
+    def read(self) -> Any:
+        if self.kind == "first":
+            yield from torch.randperm(60).tolist()
+            return
+        held: list[int] = []
+        for number in range(60):
+            held.append(number)
+            if len(held) == 12:
+                yield held.pop(random.randrange(12))
+        while held:
+            yield held.pop(random.randrange(len(held)))
+
+
+@pytest.mark.parametrize("kind", ["iter", "first", "buffer"])
+@pytest.mark.parametrize("drawn", [0, 3])
+@pytest.mark.parametrize("stop", [0, 1, 6])
+def test_a_stream_that_shuffles_in_the_training_process(kind: str, drawn: int, stop: int) -> None:
+    """Stopped again and again, in this epoch and the next, whatever was drawn in between: no sample is lost."""
+    torch.manual_seed(4)
+    random.seed(4)
+    ours = RobustDataLoader(Shuffled(kind), 3)
+    for _ in range(2):
+        iterator = iter(ours)
+        torch.rand(drawn)
+        told = numbers(itertools.islice(iterator, stop))
+        state, whole = ours.state_dict(), told + numbers(iterator)
+        for further in (0, 4, 5):
+            torch.manual_seed(drawn)
+            random.seed(drawn)
+            ours = RobustDataLoader(Shuffled(kind), 3)
+            ours.load_state_dict(state)
+            iterator = iter(ours)
+            torch.rand(5)
+            told += numbers(itertools.islice(iterator, further))
+            state = ours.state_dict()
+        before = random.getstate(), torch.get_rng_state().tolist()
+        told += numbers(iterator)
+        assert (random.getstate(), torch.get_rng_state().tolist()) == before
+        assert told == whole
+        assert sorted(told) == list(range(60))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [0, 3, 8, 9])
 def test_a_generator_that_loaders_share(workers: int, stop: int) -> None:
