@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from tenacity import Retrying, retry_if_exception
+from tenacity import RetryCallState, Retrying, retry_if_exception
 
 from robustloader.decisions.isolation import find_misfits
 from robustloader.decisions.keys import Key, as_list, count_indices, index_key
@@ -267,7 +268,7 @@ class _Repair:
                 return _get_one(plan, index)
 
             retrying = Retrying(
-                stop=retry.stop, wait=retry.wait, retry=retry_if_exception(self._is_transient), reraise=True
+                stop=retry.stop, wait=_apart(retry.wait), retry=retry_if_exception(self._is_transient), reraise=True
             )
             try:
                 value = retrying(attempt)
@@ -413,6 +414,17 @@ class _Repair:
 
     def _report(self, skipped: tuple[int, ...]) -> Report:
         return Report(tuple(self.faults), dict(self.replaced), skipped)
+
+
+def _apart(wait: Callable[[RetryCallState], float]) -> Callable[[RetryCallState], float]:
+    """The same pauses, but their jitter is nothing that a batch or the trainer draws next, nor that of other ranks."""
+
+    def pause(state: RetryCallState) -> float:
+        with preserve_rng():
+            random.seed()  # from the system: ranks with a common seed must not try again all at once
+            return wait(state)
+
+    return pause
 
 
 def _get_one(plan: Plan, index: Any) -> Any:
