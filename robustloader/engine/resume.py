@@ -205,7 +205,8 @@ def shard_progress(shard: ShardState) -> ShardProgress:
     if shard.snapshot:
         plain = dict(shard.snapshot[0])
         streams = tuple(plain.pop("rng"))
-        plain["dataset"], plain["stream"] = tuple(plain["dataset"]), tuple(plain["stream"])
+        for name in ("dataset", "stream", "values"):
+            plain[name] = tuple(plain.get(name, ()))
         taken = StreamSnapshot(**plain, rng=decode_streams(streams) if streams else None)
         snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
     return ShardProgress(

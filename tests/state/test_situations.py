@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import signal
@@ -266,6 +267,90 @@ def test_a_stream_that_shuffles_in_the_training_process(kind: str, drawn: int, s
         assert (random.getstate(), torch.get_rng_state().tolist()) == before
         assert told == whole
         assert sorted(told) == list(range(60))
+
+
+class Told(BaseException):
+    """What a signal handler raises to leave the loop."""
+
+
+class Counting:
+    """An iterator that counts."""
+
+    def __init__(self, alarm: int | None) -> None:
+        self.place, self.alarm = 0, alarm
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> int:
+        if self.place == self.alarm:
+            self.alarm = None
+            signal.raise_signal(signal.SIGUSR1)
+        if self.place == 40:
+            raise StopIteration
+        self.place += 1
+        return self.place - 1
+
+
+class Keeping(Counting):
+    """The same with a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+class Counted(IterableDataset):
+    """Its iterator is a ``kind``; a signal comes at sample ``alarm``."""
+
+    def __init__(self, kind: type[Counting], alarm: int | None = None) -> None:
+        self.kind, self.alarm = kind, alarm
+
+    def __iter__(self) -> Any:
+        return self.kind(self.alarm)
+
+
+class Alarming:
+    """Collates, but not before a signal came, once, at sample ``alarm``."""
+
+    def __init__(self, alarm: int) -> None:
+        self.alarm: int | None = alarm
+
+    def __call__(self, samples: list[int]) -> torch.Tensor:
+        if self.alarm in samples:
+            self.alarm = None
+            signal.raise_signal(signal.SIGUSR1)
+        return torch.tensor(samples)
+
+
+@pytest.mark.parametrize("kind", [Counting, Keeping])
+@pytest.mark.parametrize("where", ["read", "collate"])
+@pytest.mark.parametrize("further", [0, 2])
+def test_a_signal_handler_that_raises_in_a_batch(kind: type[Counting], where: str, further: int) -> None:
+    """Without workers it leaves ``next()`` with half a batch read: neither the run, if it goes on, nor its state loses
+    these samples."""
+
+    def tell(*_: Any) -> None:
+        raise Told
+
+    before = signal.signal(signal.SIGUSR1, tell)
+    try:
+        collate: dict[str, Any] = {} if where == "read" else {"collate_fn": Alarming(22)}
+        ours = RobustDataLoader(Counted(kind, 22 if where == "read" else None), 4, **collate)
+        iterator = iter(ours)
+        head = numbers(itertools.islice(iterator, 5))
+        with pytest.raises(Told):
+            next(iterator)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    head += numbers(itertools.islice(iterator, further))
+    state = json.loads(json.dumps(ours.state_dict()))
+    other = RobustDataLoader(Counted(kind), 4)
+    other.load_state_dict(state)
+    assert head + numbers(iterator) == list(range(40))
+    assert head + numbers(other) == list(range(40))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
