@@ -165,9 +165,19 @@ class Continuation:
         self._states = list(states) if states is not None else [None, None, None]
         self.mark()
 
+    def go_on(self, states: Streams) -> None:
+        """The saved run would be there by now, where the user has not taken over."""
+        self._states = [state if kept is not None else None for kept, state in zip(self._states, states, strict=True)]
+
     def mark(self) -> None:
         """From here on, the user's hand is seen."""
         self._marks = list(rng_states())
+
+    def heed(self) -> None:
+        """Where the user's hand was seen, forget: it is the user's word."""
+        for place, state in enumerate(rng_states()):
+            if not _same(state, self._marks[place]):
+                self._states[place] = None
 
     @property
     def active(self) -> bool:
@@ -188,10 +198,8 @@ class Continuation:
         if not self.active:
             yield
             return
+        self.heed()
         current = list(rng_states())
-        for place, state in enumerate(current):
-            if not _same(state, self._marks[place]):
-                self._states[place] = None
         kept = [place for place in range(3) if self._states[place] is not None]
         _restore([self._states[place] if place in kept else current[place] for place in range(3)])
         try:

@@ -167,6 +167,33 @@ def test_the_global_generators_are_left_alone() -> None:
     assert one == numbers(ours)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_seed_between_loading_and_going_on_is_the_users_word(workers: int, stop: int, when: str) -> None:
+    """Not for the rest of the epoch, whose order is what it was, but for the epochs after that."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Numbers(30), 3, shuffle=True, num_workers=workers)
+
+    torch.manual_seed(3)
+    ours = make()
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, stop))
+    state = ours.state_dict()
+    del iterator
+    seeded, other = make(), make()
+    torch.manual_seed(9)
+    expected = numbers(seeded)
+    other.load_state_dict(state)
+    if when == "before":
+        torch.manual_seed(9)
+    assert sorted(head + numbers(other)) == list(range(30))
+    if when == "after":
+        torch.manual_seed(9)
+    assert numbers(other) == expected
+
+
 def test_an_abandoned_epoch_goes_on() -> None:
     """The state outlives the iterator, and taking it starts nothing."""
     ours = RobustDataLoader(Numbers(30), 3, shuffle=True, num_workers=2)
