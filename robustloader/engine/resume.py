@@ -7,9 +7,11 @@ import contextlib
 import copy
 import itertools
 import pickle
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from robustloader.decisions.keys import as_list, once_only
@@ -26,7 +28,7 @@ from robustloader.engine.streams import (
     encode_streams,
     own_generators,
 )
-from robustloader.errors import StateError
+from robustloader.errors import StateError, warn_user
 from robustloader.state import LoaderState, Setting, ShardState
 from robustloader.system import torch_private
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
@@ -302,6 +304,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     reading = Standing.decode(state.reading) if state.reading else None
     _tell_epochs(loader, state.sampler_epochs)
     streams = decode_streams(state.streams)
+    unsaved = _unsaved_generators(loader) if state.delivered else {}
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
     spares = SpareReservoir(seed=state.base_seed, epoch=state.epoch)
     reads = _reads(loader)
@@ -337,6 +340,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         onward = rng_states() if unread else None
     if iterable or state.sampler_reads > 0:
         _set_generators(loader, state.generators_now)
+    _warn_of_drawn(unsaved, _unsaved_generators(loader) if unsaved else {})
     beginning = Beginning(streams=streams, generators=generators, sampler_epochs=state.sampler_epochs)
     return Resumption(
         state=state,
@@ -350,6 +354,31 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         skipped=state.sampler_skip,
         onward=onward,
     )
+
+
+def _unsaved_generators(loader: Any) -> dict[str, tuple[Any, bytes]]:
+    """The generators of NumPy and Python that samplers keep and no state holds, and where they stand."""
+    if stateful_sampler(loader) is not None:
+        return {}
+    kinds = random.Random, np.random.Generator, np.random.RandomState
+    return {
+        f"{type(sampler).__qualname__}.{name}": (value, pickle.dumps(value))
+        for sampler in all_samplers(loader)
+        for name, value in getattr(sampler, "__dict__", {}).items()
+        if isinstance(value, kinds)
+    }
+
+
+def _warn_of_drawn(before: dict[str, tuple[Any, bytes]], after: dict[str, tuple[Any, bytes]]) -> None:
+    """Warn of those that gave the order of an epoch which was begun again. One that the sampler made anew did not."""
+    for name, (generator, stood) in before.items():
+        now, stands = after.get(name, (None, b""))
+        if now is generator and stands != stood:
+            warn_user(
+                f"the sampler draws its order from {name}, which no state holds: unless it seeds it for each epoch, "
+                "the rest of this one may repeat samples and lack others; draw from a torch.Generator in its attribute "
+                "'generator', or give the sampler state_dict and load_state_dict"
+            )
 
 
 def _walk(

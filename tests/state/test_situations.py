@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
@@ -22,6 +23,7 @@ from robustloader import (
     FaultPolicy,
     RecoveryPolicy,
     RobustDataLoader,
+    RobustLoaderWarning,
     SampleError,
     StateError,
 )
@@ -294,6 +296,46 @@ def test_a_stream_that_shuffles_in_the_training_process(kind: str, drawn: int, s
         assert (random.getstate(), torch.get_rng_state().tolist()) == before
         assert told == whole
         assert sorted(told) == list(range(60))
+
+
+class Keeper(Sampler[int]):
+    """Shuffles with a generator of its own; ``seeded``: makes it anew for each epoch."""
+
+    def __init__(self, kind: Any, seeded: bool) -> None:
+        self.kind, self.rng, self.seeded = kind, kind(3), seeded
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Any:
+        if self.seeded:
+            self.rng = self.kind(5)
+        order = list(range(12))
+        self.rng.shuffle(order)
+        return iter(order)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("kind", [np.random.default_rng, np.random.RandomState, random.Random])
+def test_a_generator_that_no_state_holds(kind: Any, seeded: bool, workers: int) -> None:
+    """A sampler that draws its order from one cannot be followed: a resumed run says so."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Numbers(12), 3, sampler=Keeper(kind, seeded), num_workers=workers)
+
+    ours = make()
+    list(ours)
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict()
+    del iterator
+    other = make()
+    other.load_state_dict(state)
+    told = contextlib.nullcontext() if seeded else pytest.warns(RobustLoaderWarning, match=r"from Keeper\.rng")
+    with told:
+        rest = numbers(other)
+    assert len(rest) == 9
 
 
 class Told(BaseException):
