@@ -182,6 +182,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         loaded = self._journal.loaded
         if loaded is not None and loaded.begun:
             self.drop_iterator()
+            self._continuation.heed()
             iterator = super().__iter__()
             self._continuation.mark()
             return iterator
@@ -203,7 +204,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             resume = reopen(self, state, self._desk)
             self._epochs.jump(state.epoch)
             if resume.onward is not None:
-                self._continuation.begin(resume.onward)
+                self._continuation.go_on(resume.onward)
         else:
             if self._journal.beginning is None:
                 self._journal.beginning = note_beginning(self)

@@ -40,6 +40,9 @@ class Setting:
     sampler_length: int | None
 
 
+_ADDED = {"reading", "sampler_reads"}
+"""What states of version 0.1 do not have."""
+
 _REMEDIES = {
     "kind": "load it into a loader of the same kind of dataset",
     "dataset_length": "resume on the same dataset, or begin a new epoch without this state",
@@ -86,6 +89,9 @@ class LoaderState(Setting):
         openings: the same of the run's next epoch, and of all later ones: whoever goes on does as this run would have.
         streams, generators: states of the global random generators (Python, NumPy, torch), and of the loader's and its
             samplers' own ones, just before that; the same ``_now``: when the state was taken.
+        reading: empty, or the same two when the sampler was read for the first time, where others had drawn since the
+            epoch was opened: without workers, that is when the first batch is asked for.
+        sampler_reads: how often the sampler had been read, its end included; -1 where that is not known.
         sampler_epochs: what samplers with ``set_epoch`` had been told before the epoch began; empty between two epochs,
             where telling them is still to come.
         workers: worker processes that the epoch began with; an iterable epoch keeps as many shards to its end.
@@ -110,6 +116,8 @@ class LoaderState(Setting):
     streams_now: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     generators_now: tuple[str, ...] = ()
+    reading: tuple[tuple[str, ...], ...] = ()
+    sampler_reads: int = -1
     sampler_epochs: tuple[int, ...] = ()
     workers: int = 0
     shards: tuple[ShardState, ...] = ()
@@ -153,20 +161,21 @@ class LoaderState(Setting):
                 found=schema,
             )
         wanted = [each.name for each in fields(cls)]
-        missing = [name for name in wanted if name not in state]
+        missing = [name for name in wanted if name not in state and name not in _ADDED]
         if missing:
             raise StateError(
                 f"the state is incomplete, {', '.join(missing)} missing: pass the whole of what state_dict() returned",
                 expected=wanted,
                 found=sorted(map(str, state)),
             )
-        values = {name: state[name] for name in wanted}
+        values = {name: state[name] for name in wanted if name in state}
         try:
             for name, value in values.items():
                 if isinstance(value, list):
                     values[name] = tuple(value)
             values["quarantine"] = tuple((key, kind) for key, kind in values["quarantine"])
             values["shards"] = tuple(_shard(shard) for shard in values["shards"])
+            values["reading"] = tuple(map(tuple, values.get("reading", ())))
             _check_numbers(values)
         except (TypeError, ValueError, KeyError) as error:
             raise StateError(

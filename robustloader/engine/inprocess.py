@@ -22,6 +22,7 @@ from robustloader.engine.faults import add_note, rebuild
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.progress import Resumption, ShardProgress
 from robustloader.engine.resume import shard_progress
+from robustloader.engine.streams import Standing, own_generators
 from robustloader.errors import SampleError
 from robustloader.events import BatchInfo
 from robustloader.state import LoaderState
@@ -39,7 +40,7 @@ from robustloader.worker.fetch import (
     Short,
     make_fetcher,
 )
-from robustloader.worker.seeding import RandomStreams, preserve_rng, restore_rng, seed_batch
+from robustloader.worker.seeding import KeptStreams, RandomStreams, preserve_rng, restore_rng, seed_batch
 from robustloader.worker.stateful import pickled_snapshot, restored_fetcher, take_snapshot
 
 __all__ = ["LOOKED_AT", "InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
@@ -127,6 +128,8 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._taken: frozenset[int] = frozenset()
         if resume is not None:
             self._spares, self._task, self._taken = resume.spares, resume.state.delivered, frozenset(resume.state.ahead)
+        self._generators = own_generators(loader)
+        self._streams: KeptStreams | None = None
         self._returned_ns = 0
         self._ahead: list[Any] = []
         self._error: Exception | None = None
@@ -160,6 +163,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._fetcher = self._resume_stream(loader, plan, resume)
         if not isinstance(self._fetcher, Shards):
             self._progress.stream = self._fetcher
+        if resume is None:
+            self._progress.opened = Standing.of(self._generators)
 
     def _resume_stream(self, loader: DataLoader[Any], plan: Plan, resume: Resumption) -> IterableFetcher | Shards:
         shards, indices = self._progress.shards, self.next_indices()
@@ -168,11 +173,16 @@ class InProcessIterator(torch_private.LoaderIterator):
         shard = shards[0]
         if shard.snapshot is not None:
             return restored_fetcher(plan, pickle.loads(shard.snapshot))
-        with preserve_rng():
-            restore_rng(resume.beginning.streams)
-            fetcher = IterableFetcher(plan)
-            for _ in range(shard.calls):
-                fetcher.fetch(Fetch(0, -1, indices))
+        # Read again as it was read, and from there on under streams of its own: whoever reads it again does the same.
+        self._streams = KeptStreams(resume.opened.streams)
+        with Standing.kept(self._generators):
+            resume.opened.restore(self._generators)
+            with self._streams.active():
+                fetcher = IterableFetcher(plan)
+                if resume.reading is not None:
+                    resume.reading.restore(self._generators)
+                for _ in range(shard.calls):
+                    fetcher.fetch(Fetch(0, -1, indices))
         return fetcher
 
     def prime(self) -> None:
@@ -266,7 +276,16 @@ class InProcessIterator(torch_private.LoaderIterator):
         return torch_private.pin_memory(batch, self.pin_device) if self.pins else batch
 
     def _read(self) -> Any:
-        return self._ahead.pop(0) if self._ahead else once_only(self.next_indices())
+        return self._ahead.pop(0) if self._ahead else self._read_on()
+
+    def _read_on(self) -> Any:
+        if self._progress.opened is not None:  # the trainer may have drawn since
+            self._progress.first_read(Standing.of(self._generators))
+        try:
+            return once_only(self.next_indices())
+        except StopIteration:
+            self._progress.reads += 1
+            raise
 
     def _pass_over(self, indices: Any) -> None:
         """This task was delivered before the epoch was resumed."""
@@ -281,7 +300,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             with preserve_rng():
                 seed_batch(self.base_seed, self.epoch, order.task)
                 return self._fetcher.fetch(order)
-        return self._fetcher.fetch(order)
+        with self._streams.active() if self._streams is not None else contextlib.nullcontext():
+            return self._fetcher.fetch(order)
 
     def _take(self, report: Report | None, task: int) -> None:
         try:
@@ -295,7 +315,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         """Read indices until ``tasks`` tasks are known, so that there is something to draw spares from."""
         with contextlib.suppress(StopIteration):
             while not self._options.iterable and self._spares.observed < tasks:
-                ahead = once_only(self.next_indices())
+                ahead = self._read_on()
                 self._ahead.append(ahead)
                 task = self._spares.observed
                 self._spares.observe(task, as_list(ahead, batched=self._options.batched))

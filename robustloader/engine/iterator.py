@@ -363,6 +363,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 indices = once_only(self.next_indices())
         except StopIteration:
             self._drained = True
+            self._progress.reads += 1
             return
         if self._options.iterable:
             self._stream_indices = indices

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from robustloader.decisions.keys import probe
 from robustloader.decisions.spares import SpareReservoir
-from robustloader.engine.streams import Streams
+from robustloader.engine.streams import Standing, Streams
 from robustloader.state import Delivered, LoaderState
 
 __all__ = ["Beginning", "Journal", "Mark", "Opened", "Progress", "Resumption", "ShardProgress"]
@@ -66,6 +66,9 @@ class Resumption:
         beginning: how it had begun.
         indices: what its sampler yields from there on.
         spares: what may replace bad samples, as it was there.
+        reads: how often its sampler has been read.
+        opened: where the generators stood when it had been opened.
+        reading: None, or where they stood when its sampler was read for the first time, if elsewhere.
         mark: None, or the sampler's own state ``skipped`` batches before that.
         onward: where the global generators would be now, had the saved run not stopped before it read its sampler.
     """
@@ -74,6 +77,9 @@ class Resumption:
     beginning: Beginning
     indices: Iterator[Any]
     spares: SpareReservoir
+    reads: int
+    opened: Standing
+    reading: Standing | None = None
     mark: Mark | None = None
     skipped: int = 0
     onward: Streams | None = None
@@ -107,6 +113,9 @@ class Progress:
         sampler: the sampler that keeps its own state; ``marks`` are its states after some of the tasks read, from the
             last one below which all were delivered; a string is what its ``state_dict`` raised.
         batch_size: indices of a batch that is not the last.
+        reads: how often the sampler was read, its end included.
+        opened: where the generators stood when the epoch had been opened, for as long as its sampler is yet to be read.
+        reading: None, or where they stood when it was first read, if elsewhere.
         ended: its state when the epoch was over, and the last one before that; ``before``: the same of the last epoch.
         stream: takes the snapshot of a stream in this process.
     """
@@ -124,6 +133,9 @@ class Progress:
     next_shard: int = 0
     marks: dict[int, Mark | str] = field(default_factory=dict)
     batch_size: int = 0
+    reads: int = 0
+    opened: Standing | None = None
+    reading: Standing | None = None
     ended: tuple[bytes, Mark] | None = None
     before: tuple[bytes, Mark] | None = None
     stream: Any = None
@@ -133,6 +145,7 @@ class Progress:
 
     def read(self, task: int, spares: SpareReservoir, indices: Any = None) -> None:
         """The sampler was read for ``task``, and gave ``indices``; -1 before the first."""
+        self.reads = max(self.reads, task + 1)
         if self.sampler is None or task < self._due:
             return
         # To know that a batch is the last, and shorter, torch's BatchSampler reads its sampler to the end. Many
@@ -149,6 +162,16 @@ class Progress:
             mark = Mark(self.before[1].state, mark.spares, drain=True)
         self.marks[task] = mark
         self._due = task + 1 + len(mark.state) // _MARK_BYTES
+
+    def first_read(self, now: Standing) -> None:
+        """The sampler is about to be read for the first time."""
+        self.reading, self.opened = self.where_read(now), None
+
+    def where_read(self, now: Standing) -> Standing | None:
+        """What :attr:`reading` is, or would be if the sampler were read now."""
+        if self.opened is None:
+            return self.reading
+        return None if now.is_at(self.opened) else now
 
     def latest_mark(self) -> tuple[int, Mark | str] | None:
         """The last state of the sampler that no undelivered batch has moved on, and the task it was taken after."""
@@ -277,6 +300,7 @@ class Journal:
         if resume is not None and state is not None:
             progress.delivered = Delivered(state.delivered, set(state.ahead))
             progress.next_shard = state.next_shard
+            progress.reads, progress.reading = resume.reads, resume.reading
             if resume.mark is not None:
                 progress.marks[state.delivered - 1 - resume.skipped] = resume.mark
                 progress._due = state.delivered

@@ -7,9 +7,11 @@ import contextlib
 import copy
 import itertools
 import pickle
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from robustloader.decisions.keys import as_list, once_only, probe
@@ -17,6 +19,7 @@ from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
 from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
 from robustloader.engine.streams import (
+    Standing,
     Streams,
     all_samplers,
     decode_generator,
@@ -25,7 +28,7 @@ from robustloader.engine.streams import (
     encode_streams,
     own_generators,
 )
-from robustloader.errors import StateError
+from robustloader.errors import StateError, warn_user
 from robustloader.state import LoaderState, Setting, ShardState
 from robustloader.system import torch_private
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
@@ -145,6 +148,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
             dataset_state=state_of(loader.dataset),
             **common,
         )
+    reading = progress.where_read(Standing.of(own_generators(loader)))
     read, mark = progress.latest_mark() or (0, None)
     if isinstance(mark, str):
         raise StateError(f"the sampler's own state_dict() failed, so nobody knows where it stood: {mark}", found=mark)
@@ -156,6 +160,8 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         opening=progress.opening,
         streams=encode_streams(progress.beginning.streams),
         generators=tuple(map(encode_generator, progress.beginning.generators)),
+        reading=() if reading is None else reading.encode(),
+        sampler_reads=progress.reads,
         sampler_epochs=progress.beginning.sampler_epochs,
         workers=progress.workers,
         shards=tuple(_shard_state(shard, progress.stream) for shard in progress.shards),
@@ -201,7 +207,8 @@ def shard_progress(shard: ShardState) -> ShardProgress:
     if shard.snapshot:
         plain = dict(shard.snapshot[0])
         streams = tuple(plain.pop("rng"))
-        plain["dataset"], plain["stream"] = tuple(plain["dataset"]), tuple(plain["stream"])
+        for name in ("dataset", "stream", "values"):
+            plain[name] = tuple(plain.get(name, ()))
         taken = StreamSnapshot(**plain, rng=decode_streams(streams) if streams else None)
         snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
     return ShardProgress(
@@ -294,8 +301,10 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     The global random generators are what they were then meanwhile, and the user's again afterwards.
     """
     generators = _set_generators(loader, state.generators)
+    reading = Standing.decode(state.reading) if state.reading else None
     _tell_epochs(loader, state.sampler_epochs)
     streams = decode_streams(state.streams)
+    unsaved = _unsaved_generators(loader) if state.delivered else {}
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
     spares = SpareReservoir(seed=state.base_seed, epoch=state.epoch)
     reads = _reads(loader)
@@ -311,6 +320,9 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
                 indices = iter(reads)
             else:
                 torch_private.draw_base_seed(loader)
+        opened = Standing.of(own_generators(loader))
+        if reading is not None:
+            reading.restore(own_generators(loader))
         unread = encode_streams(rng_states()) == state.streams_now
         if state.sampler_state:
             if state.spares:
@@ -320,19 +332,53 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
             _pass_over(indices, range(first, state.delivered), observing, batched=batched)
         elif not iterable:
             indices = _walk(reads, indices, state.delivered, observing, batched=batched)
-        # What a sampler draws when it is first read belongs to here: read it.
-        indices = itertools.chain(list(itertools.islice(indices, 1)), indices)
+        # What a sampler draws when it is first read belongs to here: read it. With generators of its own, as far as the
+        # saved run had: from there on these are where it, and whoever shares them, had left them.
+        as_far = bool(generators) and state.sampler_reads > 0 and not state.sampler_state
+        ahead = max(0, state.sampler_reads - state.delivered) if as_far else 1
+        indices = itertools.chain(list(itertools.islice(indices, ahead)), indices)
         onward = rng_states() if unread else None
+    if iterable or state.sampler_reads > 0:
+        _set_generators(loader, state.generators_now)
+    _warn_of_drawn(unsaved, _unsaved_generators(loader) if unsaved else {})
     beginning = Beginning(streams=streams, generators=generators, sampler_epochs=state.sampler_epochs)
     return Resumption(
         state=state,
         beginning=beginning,
         indices=indices,
         spares=spares,
+        reads=state.delivered + ahead,
+        opened=opened,
+        reading=reading,
         mark=mark,
         skipped=state.sampler_skip,
         onward=onward,
     )
+
+
+def _unsaved_generators(loader: Any) -> dict[str, tuple[Any, bytes]]:
+    """The generators of NumPy and Python that samplers keep and no state holds, and where they stand."""
+    if stateful_sampler(loader) is not None:
+        return {}
+    kinds = random.Random, np.random.Generator, np.random.RandomState
+    return {
+        f"{type(sampler).__qualname__}.{name}": (value, pickle.dumps(value))
+        for sampler in all_samplers(loader)
+        for name, value in getattr(sampler, "__dict__", {}).items()
+        if isinstance(value, kinds)
+    }
+
+
+def _warn_of_drawn(before: dict[str, tuple[Any, bytes]], after: dict[str, tuple[Any, bytes]]) -> None:
+    """Warn of those that gave the order of an epoch which was begun again. One that the sampler made anew did not."""
+    for name, (generator, stood) in before.items():
+        now, stands = after.get(name, (None, b""))
+        if now is generator and stands != stood:
+            warn_user(
+                f"the sampler draws its order from {name}, which no state holds: unless it seeds it for each epoch, "
+                "the rest of this one may repeat samples and lack others; draw from a torch.Generator in its attribute "
+                "'generator', or give the sampler state_dict and load_state_dict"
+            )
 
 
 def _walk(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from robustloader.worker.stateful import is_stateful
 
 __all__ = [
     "Continuation",
+    "Standing",
     "Streams",
     "all_samplers",
     "decode_generator",
@@ -106,6 +107,47 @@ def all_samplers(loader: Any) -> list[Any]:
     return list({id(place): place for place in places if place is not None}.values())
 
 
+class Standing(NamedTuple):
+    """Where the random generators stand: the global ones, and those that belong to a loader and its samplers."""
+
+    streams: Streams
+    generators: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, generators: list[torch.Generator]) -> Standing:
+        """Where they stand now."""
+        return cls(rng_states(), [generator.get_state() for generator in generators])
+
+    @classmethod
+    @contextlib.contextmanager
+    def kept(cls, generators: list[torch.Generator]) -> Iterator[None]:
+        """Put them back to where they are now afterwards."""
+        now = cls.of(generators)
+        try:
+            yield
+        finally:
+            now.restore(generators)
+
+    def restore(self, generators: list[torch.Generator]) -> None:
+        """Put them back there."""
+        restore_rng(self.streams)
+        for generator, state in zip(generators, self.generators, strict=True):
+            generator.set_state(state)
+
+    def is_at(self, other: Standing) -> bool:
+        """Whether both are the same place."""
+        return _same(self.streams, other.streams) and _same(tuple(self.generators), tuple(other.generators))
+
+    def encode(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The states as text."""
+        return encode_streams(self.streams), tuple(map(encode_generator, self.generators))
+
+    @classmethod
+    def decode(cls, texts: tuple[tuple[str, ...], ...]) -> Standing:
+        """The states again. Raises :class:`StateError` for damaged ones."""
+        return cls(decode_streams(texts[0]), list(map(decode_generator, texts[1])))
+
+
 class Continuation:
     """The global random generators where a saved run had left them, for epochs that draw from those.
 
@@ -124,9 +166,19 @@ class Continuation:
         self._states = list(states) if states is not None else [None, None, None]
         self.mark()
 
+    def go_on(self, states: Streams) -> None:
+        """The saved run would be there by now, where the user has not taken over."""
+        self._states = [state if kept is not None else None for kept, state in zip(self._states, states, strict=True)]
+
     def mark(self) -> None:
         """From here on, the user's hand is seen."""
         self._marks = list(rng_states())
+
+    def heed(self) -> None:
+        """Where the user's hand was seen, forget: it is the user's word."""
+        for place, state in enumerate(rng_states()):
+            if not _same(state, self._marks[place]):
+                self._states[place] = None
 
     @property
     def active(self) -> bool:
@@ -147,10 +199,8 @@ class Continuation:
         if not self.active:
             yield
             return
+        self.heed()
         current = list(rng_states())
-        for place, state in enumerate(current):
-            if not _same(state, self._marks[place]):
-                self._states[place] = None
         kept = [place for place in range(3) if self._states[place] is not None]
         _restore([self._states[place] if place in kept else current[place] for place in range(3)])
         try:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from tenacity import Retrying, retry_if_exception
+from tenacity import RetryCallState, Retrying, retry_if_exception
 
 from robustloader.decisions.isolation import find_misfits
 from robustloader.decisions.keys import Key, as_list, count_indices, index_key
@@ -272,7 +273,7 @@ class _Repair:
                 return _get_one(plan, index)
 
             retrying = Retrying(
-                stop=retry.stop, wait=retry.wait, retry=retry_if_exception(self._is_transient), reraise=True
+                stop=retry.stop, wait=_apart(retry.wait), retry=retry_if_exception(self._is_transient), reraise=True
             )
             try:
                 value = retrying(attempt)
@@ -423,6 +424,17 @@ class _Repair:
         return Report(tuple(self.faults), dict(self.replaced), skipped)
 
 
+def _apart(wait: Callable[[RetryCallState], float]) -> Callable[[RetryCallState], float]:
+    """The same pauses, but their jitter is nothing that a batch or the trainer draws next, nor that of other ranks."""
+
+    def pause(state: RetryCallState) -> float:
+        with preserve_rng():
+            random.seed()  # from the system: ranks with a common seed must not try again all at once
+            return wait(state)
+
+    return pause
+
+
 def _get_one(plan: Plan, index: Any) -> Any:
     """One sample by itself."""
     dataset = plan.dataset
@@ -505,7 +517,9 @@ class IterableFetcher:
     A sample that raises is lost (a stream cannot go back), and the stream goes on with the next.
 
     Attributes:
-        calls: how often ``fetch`` has read from the stream. As many calls put a successor where this one is.
+        calls: how often ``fetch`` has read a batch from the stream. As many calls put a successor where this one is.
+        values: samples that were read for a batch that is not finished. Where a signal handler raised, the next call
+            goes on with them.
         stream: what ``iter(dataset)`` returned.
 
     *Source*: ``_IterableDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13.
@@ -515,7 +529,7 @@ class IterableFetcher:
     ended: bool = False
     calls: int = 0
     stream: Iterator[Any] = field(init=False)
-    _values: list[Any] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     _collated: list[Any] = field(default_factory=list)
     _reason: str = ""
 
@@ -524,7 +538,11 @@ class IterableFetcher:
 
     def fetch(self, order: Fetch) -> Outcome:
         """Load one task."""
+        outcome = self._fetch(order)
         self.calls += 1
+        return outcome
+
+    def _fetch(self, order: Fetch) -> Outcome:
         self._collated = []
         plan, beacon = self.plan, self.plan.beacon
         wanted = len(order.indices) if plan.batched else 1
@@ -534,12 +552,13 @@ class IterableFetcher:
         while True:
             broken = self._fill(wanted, faults)
             if broken is not None:
-                self._values = []
+                self.values = []
                 return broken
             if len(faults) >= MAX_FAULTS_PER_FETCH:
                 return Short((), self._report(faults))
-            values, self._values = self._values, []
+            values = self.values
             if not values or (plan.drop_last and plan.batched and len(values) < wanted):
+                self.values = []
                 return Ended(self._report(faults) if faults or self._reason else None)
             if beacon:
                 beacon.enter(COLLATE, run=order.run, task=order.task, count=len(values))
@@ -548,13 +567,15 @@ class IterableFetcher:
             except plan.catches as error:
                 if plan.strict or plan.faults.action == "raise" or isinstance(error, plan.faults.fatal):
                     faults.append(_fault("collate", None, -1, error, 1, "raised", plan))
+                    self.values = []
                     return Broken(error, self._report(faults))
                 misfits, batch = _misfits(plan, values, plan.collate_fn)
                 if misfits:
                     faults.extend(_fault("collate", None, -1, error, 1, "skipped", plan) for _ in misfits)
                     out = set(misfits)
-                    self._values = [value for place, value in enumerate(values) if place not in out]
+                    self.values = [value for place, value in enumerate(values) if place not in out]
                     continue
+            self.values = []
             self._collated = values if plan.batched and not plan.drop_last else []  # in case it cannot be encoded
             return Loaded(batch, len(values), self._report(faults) if faults or self._reason else None)
 
@@ -595,11 +616,11 @@ class IterableFetcher:
 
     def _fill(self, wanted: int, faults: list[Fault]) -> Broken | None:
         plan, beacon, policy = self.plan, self.plan.beacon, self.plan.faults
-        while len(self._values) < wanted and not self.ended and len(faults) < MAX_FAULTS_PER_FETCH:
+        while len(self.values) < wanted and not self.ended and len(faults) < MAX_FAULTS_PER_FETCH:
             if beacon:
-                beacon.sample(len(self._values))
+                beacon.sample(len(self.values))
             try:
-                self._values.append(next(self.stream))
+                self.values.append(next(self.stream))
             except StopIteration:
                 self.ended = True
             except plan.catches as error:

@@ -13,6 +13,7 @@ import torch
 from robustloader.system import torch_private
 
 __all__ = [
+    "KeptStreams",
     "RandomStreams",
     "preserve_rng",
     "restore_rng",
@@ -59,20 +60,15 @@ def seed_batch(base_seed: int, epoch: int, task: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-class RandomStreams:
-    """Random streams of a stand-in worker, kept apart from the process's own.
+class KeptStreams:
+    """Random streams kept apart from the process's own.
 
-    While ``active``, the global Python, NumPy and torch CPU generators are this worker's; before and after, they are
-    where the process left them.
+    While ``active``, the global Python, NumPy and torch CPU generators are these; before and after, they are where the
+    process left them.
     """
 
-    def __init__(self, base_seed: int, worker_id: int, incarnation: int) -> None:
-        self.seed = worker_seed(base_seed, worker_id, incarnation)
-        with preserve_rng():
-            random.seed(self.seed)
-            torch.default_generator.manual_seed(self.seed)
-            np.random.seed(torch_private.numpy_seed(base_seed if not incarnation else self.seed, worker_id))
-            self._states = rng_states()
+    def __init__(self, states: tuple[Any, Any, torch.Tensor]) -> None:
+        self._states = states
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -83,6 +79,18 @@ class RandomStreams:
                 yield
             finally:
                 self._states = rng_states()
+
+
+class RandomStreams(KeptStreams):
+    """Those of a stand-in worker."""
+
+    def __init__(self, base_seed: int, worker_id: int, incarnation: int) -> None:
+        self.seed = worker_seed(base_seed, worker_id, incarnation)
+        with preserve_rng():
+            random.seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
+            np.random.seed(torch_private.numpy_seed(base_seed if not incarnation else self.seed, worker_id))
+            super().__init__(rng_states())
 
 
 @contextlib.contextmanager

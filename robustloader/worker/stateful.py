@@ -20,6 +20,7 @@ class StreamSnapshot(NamedTuple):
         ended: whether it has come to its end.
         dataset, stream: empty, or the state of the dataset, and of the iterator that ``iter(dataset)`` returned.
         rng: the process's random states; None where these are not the stream's own.
+        values: samples of the next batch that had been read when a signal handler raised.
     """
 
     calls: int
@@ -27,6 +28,7 @@ class StreamSnapshot(NamedTuple):
     dataset: tuple[Any, ...]
     stream: tuple[Any, ...]
     rng: Any = None
+    values: tuple[Any, ...] = ()
 
 
 def is_stateful(thing: object) -> bool:
@@ -57,7 +59,8 @@ def take_snapshot(fetcher: object, *, with_rng: bool, copied: bool = True) -> St
     dataset, stream = state_of(fetcher.plan.dataset, copied=copied), state_of(fetcher.stream, copied=copied)
     if not dataset and not stream:
         return None
-    return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng_states() if with_rng else None)
+    rng = rng_states() if with_rng else None
+    return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng, tuple(fetcher.values))
 
 
 def pickled_snapshot(fetcher: object) -> bytes | str | None:
@@ -80,7 +83,7 @@ def restored_fetcher(plan: Plan, snapshot: StreamSnapshot) -> IterableFetcher:
     if snapshot.stream:
         stream: Any = fetcher.stream
         stream.load_state_dict(copy.deepcopy(snapshot.stream[0]))
-    fetcher.calls, fetcher.ended = snapshot.calls, snapshot.ended
+    fetcher.calls, fetcher.ended, fetcher.values = snapshot.calls, snapshot.ended, list(snapshot.values)
     if snapshot.rng is not None:
         restore_rng(snapshot.rng)
     return fetcher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tenacity import stop_after_attempt, wait_none
+from tenacity import stop_after_attempt, wait_none, wait_random
 from torch.utils.data import default_collate
 
 import robustloader.worker.fetch
@@ -195,6 +196,37 @@ def test_a_passing_failure_is_retried(workers: int, tmp_path: Path) -> None:
     ]
     summary = loader.summary()
     assert (summary.retries, summary.faults, summary.replaced) == (2, 0, 0)
+
+
+class FlakyNoise(Flaky):
+    """Each sample is a random number."""
+
+    def load(self, index: int) -> int:
+        super().load(index)
+        return random.randrange(1 << 30)
+
+
+@WORKERS
+@pytest.mark.parametrize("seeding", ["worker", "batch"])
+def test_a_retry_leaves_the_random_numbers_alone(workers: int, seeding: Any, tmp_path: Path) -> None:
+    """The jitter of its pause is drawn apart: batches, and what the trainer draws next, are those without a failure."""
+    told = []
+    for failures in (0, 1):
+        folder = tmp_path / str(failures)
+        folder.mkdir()
+        torch.manual_seed(3)
+        random.seed(5)
+        retry = Retry(stop=stop_after_attempt(3), wait=wait_random(0, 1e-3))
+        loader = RobustDataLoader(
+            FlakyNoise(24, (3, 10), failures, folder),
+            batch_size=8,
+            num_workers=workers,
+            seeding=seeding,
+            faults=FaultPolicy(retry=retry),
+        )
+        told.append((flat(loader), random.random()))
+        assert len(loader.fault_log) == 2 * failures
+    assert told[0] == told[1]
 
 
 @WORKERS

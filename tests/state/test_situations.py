@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
@@ -21,6 +23,7 @@ from robustloader import (
     FaultPolicy,
     RecoveryPolicy,
     RobustDataLoader,
+    RobustLoaderWarning,
     SampleError,
     StateError,
 )
@@ -166,6 +169,33 @@ def test_the_global_generators_are_left_alone() -> None:
     assert one == numbers(ours)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_seed_between_loading_and_going_on_is_the_users_word(workers: int, stop: int, when: str) -> None:
+    """Not for the rest of the epoch, whose order is what it was, but for the epochs after that."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Numbers(30), 3, shuffle=True, num_workers=workers)
+
+    torch.manual_seed(3)
+    ours = make()
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, stop))
+    state = ours.state_dict()
+    del iterator
+    seeded, other = make(), make()
+    torch.manual_seed(9)
+    expected = numbers(seeded)
+    other.load_state_dict(state)
+    if when == "before":
+        torch.manual_seed(9)
+    assert sorted(head + numbers(other)) == list(range(30))
+    if when == "after":
+        torch.manual_seed(9)
+    assert numbers(other) == expected
+
+
 def test_an_abandoned_epoch_goes_on() -> None:
     """The state outlives the iterator, and taking it starts nothing."""
     ours = RobustDataLoader(Numbers(30), 3, shuffle=True, num_workers=2)
@@ -179,6 +209,275 @@ def test_an_abandoned_epoch_goes_on() -> None:
     ours.load_state_dict(state)
     assert ours.state_dict() == state
     assert sorted(head + numbers(ours)) == list(range(30))
+
+
+def drawing(kind: str) -> tuple[RobustDataLoader[Any], RobustDataLoader[Any]]:
+    """Two loaders without workers that draw from the same generator."""
+    generator = torch.Generator().manual_seed(8) if kind == "shared" else None
+    one, other = (RobustDataLoader(Numbers(30), 3, shuffle=True, generator=generator) for _ in range(2))
+    return one, other
+
+
+@pytest.mark.parametrize("kind", ["global", "shared"])
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_others_draw_between_iter_and_the_first_batch(kind: str, stop: int) -> None:
+    """Without workers, a sampler draws when the first batch is asked for: ``zip`` begins another loader before that."""
+    torch.manual_seed(2)
+    ours, other = drawing(kind)
+    if stop:
+        pairs = zip(ours, other, strict=True)
+        head = numbers(pair[0] for pair in itertools.islice(pairs, stop))
+        state = ours.state_dict()
+        rest = numbers(pair[0] for pair in pairs)
+    else:
+        iterator = iter(ours)
+        iter(other)
+        torch.rand(3)
+        state, head = ours.state_dict(), []
+        rest = numbers(iterator)
+    for further in (2, 0):  # resumed, stopped and resumed again
+        ours, _ = drawing(kind)
+        ours.load_state_dict(state)
+        iterator = iter(ours)
+        torch.rand(5)
+        told = numbers(itertools.islice(iterator, further))
+        state = ours.state_dict()
+        assert told + numbers(iterator) == rest
+        head, rest = head + told, rest[len(told) :]
+    assert sorted(head + rest) == list(range(30))
+
+
+class Shuffled(IterableDataset):
+    """Draws its order in ``iter()``, when it is first read, or (``buffer``) sample by sample."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __iter__(self) -> Any:
+        return iter(torch.randperm(60).tolist()) if self.kind == "iter" else self.read()
+
+    def read(self) -> Any:
+        if self.kind == "first":
+            yield from torch.randperm(60).tolist()
+            return
+        held: list[int] = []
+        for number in range(60):
+            held.append(number)
+            if len(held) == 12:
+                yield held.pop(random.randrange(12))
+        while held:
+            yield held.pop(random.randrange(len(held)))
+
+
+@pytest.mark.parametrize("kind", ["iter", "first", "buffer"])
+@pytest.mark.parametrize("drawn", [0, 3])
+@pytest.mark.parametrize("stop", [0, 1, 6])
+def test_a_stream_that_shuffles_in_the_training_process(kind: str, drawn: int, stop: int) -> None:
+    """Stopped again and again, in this epoch and the next, whatever was drawn in between: no sample is lost."""
+    torch.manual_seed(4)
+    random.seed(4)
+    ours = RobustDataLoader(Shuffled(kind), 3)
+    for _ in range(2):
+        iterator = iter(ours)
+        torch.rand(drawn)
+        told = numbers(itertools.islice(iterator, stop))
+        state, whole = ours.state_dict(), told + numbers(iterator)
+        for further in (0, 4, 5):
+            torch.manual_seed(drawn)
+            random.seed(drawn)
+            ours = RobustDataLoader(Shuffled(kind), 3)
+            ours.load_state_dict(state)
+            iterator = iter(ours)
+            torch.rand(5)
+            told += numbers(itertools.islice(iterator, further))
+            state = ours.state_dict()
+        before = random.getstate(), torch.get_rng_state().tolist()
+        told += numbers(iterator)
+        assert (random.getstate(), torch.get_rng_state().tolist()) == before
+        assert told == whole
+        assert sorted(told) == list(range(60))
+
+
+class Keeper(Sampler[int]):
+    """Shuffles with a generator of its own; ``seeded``: makes it anew for each epoch."""
+
+    def __init__(self, kind: Any, seeded: bool) -> None:
+        self.kind, self.rng, self.seeded = kind, kind(3), seeded
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Any:
+        if self.seeded:
+            self.rng = self.kind(5)
+        order = list(range(12))
+        self.rng.shuffle(order)
+        return iter(order)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("kind", [np.random.default_rng, np.random.RandomState, random.Random])
+def test_a_generator_that_no_state_holds(kind: Any, seeded: bool, workers: int) -> None:
+    """A sampler that draws its order from one cannot be followed: a resumed run says so."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Numbers(12), 3, sampler=Keeper(kind, seeded), num_workers=workers)
+
+    ours = make()
+    list(ours)
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict()
+    del iterator
+    other = make()
+    other.load_state_dict(state)
+    told = contextlib.nullcontext() if seeded else pytest.warns(RobustLoaderWarning, match=r"from Keeper\.rng")
+    with told:
+        rest = numbers(other)
+    assert len(rest) == 9
+
+
+class Told(BaseException):
+    """What a signal handler raises to leave the loop."""
+
+
+class Counting:
+    """An iterator that counts."""
+
+    def __init__(self, alarm: int | None) -> None:
+        self.place, self.alarm = 0, alarm
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> int:
+        if self.place == self.alarm:
+            self.alarm = None
+            signal.raise_signal(signal.SIGUSR1)
+        if self.place == 40:
+            raise StopIteration
+        self.place += 1
+        return self.place - 1
+
+
+class Keeping(Counting):
+    """The same with a state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+class Counted(IterableDataset):
+    """Its iterator is a ``kind``; a signal comes at sample ``alarm``."""
+
+    def __init__(self, kind: type[Counting], alarm: int | None = None) -> None:
+        self.kind, self.alarm = kind, alarm
+
+    def __iter__(self) -> Any:
+        return self.kind(self.alarm)
+
+
+class Alarming:
+    """Collates, but not before a signal came, once, at sample ``alarm``."""
+
+    def __init__(self, alarm: int) -> None:
+        self.alarm: int | None = alarm
+
+    def __call__(self, samples: list[int]) -> torch.Tensor:
+        if self.alarm in samples:
+            self.alarm = None
+            signal.raise_signal(signal.SIGUSR1)
+        return torch.tensor(samples)
+
+
+@pytest.mark.parametrize("kind", [Counting, Keeping])
+@pytest.mark.parametrize("where", ["read", "collate"])
+@pytest.mark.parametrize("further", [0, 2])
+def test_a_signal_handler_that_raises_in_a_batch(kind: type[Counting], where: str, further: int) -> None:
+    """Without workers it leaves ``next()`` with half a batch read: neither the run, if it goes on, nor its state loses
+    these samples."""
+
+    def tell(*_: Any) -> None:
+        raise Told
+
+    before = signal.signal(signal.SIGUSR1, tell)
+    try:
+        collate: dict[str, Any] = {} if where == "read" else {"collate_fn": Alarming(22)}
+        ours = RobustDataLoader(Counted(kind, 22 if where == "read" else None), 4, **collate)
+        iterator = iter(ours)
+        head = numbers(itertools.islice(iterator, 5))
+        with pytest.raises(Told):
+            next(iterator)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    head += numbers(itertools.islice(iterator, further))
+    state = json.loads(json.dumps(ours.state_dict()))
+    other = RobustDataLoader(Counted(kind), 4)
+    other.load_state_dict(state)
+    assert head + numbers(iterator) == list(range(40))
+    assert head + numbers(other) == list(range(40))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 3, 8, 9])
+def test_a_generator_that_loaders_share(workers: int, stop: int) -> None:
+    """A validation in the middle of the epoch draws from it: the next epochs are those of the saved run all the same,
+    wherever it was stopped, also where workers have read the sampler to its end."""
+
+    def make() -> list[RobustDataLoader[Any]]:
+        generator = torch.Generator().manual_seed(8)
+        return [
+            RobustDataLoader(Numbers(30), 3, shuffle=True, generator=generator, num_workers=workers),
+            RobustDataLoader(Numbers(6), 3, generator=generator),
+        ]
+
+    def epochs(training: Any, validation: Any, steps: int) -> list[list[int]]:
+        told = []
+        for epoch in range(3):
+            told.append([])
+            for step, batch in enumerate(training, start=0 if epoch else steps):
+                if step == 2:
+                    list(validation)
+                told[-1] += batch.tolist()
+        return told
+
+    training, validation = make()
+    whole = epochs(training, validation, 0)
+    training, validation = make()
+    head = []
+    iterator = iter(training)
+    for step in range(stop):
+        batch = next(iterator)
+        if step == 2:
+            list(validation)
+        head += batch.tolist()
+    states = training.state_dict(), validation.state_dict()
+    del iterator
+    training, validation = make()
+    training.load_state_dict(states[0])
+    validation.load_state_dict(states[1])
+    told = epochs(training, validation, stop)
+    assert [head + told[0], *told[1:]] == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_version_0_1(workers: int) -> None:
+    """It has no word of when the sampler was read, and is loaded as it was then."""
+    ours = RobustDataLoader(Numbers(30), 3, shuffle=True, generator=torch.Generator().manual_seed(8))
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict()
+    del state["reading"], state["sampler_reads"]
+    other = RobustDataLoader(
+        Numbers(30), 3, shuffle=True, generator=torch.Generator().manual_seed(9), num_workers=workers
+    )
+    other.load_state_dict(state)
+    assert numbers(other) == numbers(iterator)
+    assert numbers(other) == numbers(ours)
 
 
 class Uneven(IterableDataset):
