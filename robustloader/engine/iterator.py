@@ -693,7 +693,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return
         elif isinstance(message, Resumed):
             if message.run == self._books.run:
-                slot.rng = message.rng
+                slot.rng = self._progress.shards[slot.worker_id].rng = message.rng
         elif isinstance(message, TrialPassed):
             worker.finished += 1
             self._recovery.on_trial_passed(slot)
