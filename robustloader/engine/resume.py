@@ -215,18 +215,21 @@ def shard_progress(shard: ShardState) -> ShardProgress:
 
 def load_objects(loader: Any, state: LoaderState) -> None:
     """Give the user's own objects their states back."""
-    sampler = stateful_sampler(loader)
-    if state.sampler_state and sampler is not None:
-        sampler.load_state_dict(copy.deepcopy(state.sampler_state[0]))
-    elif state.sampler_state:
+    if state.sampler_state and stateful_sampler(loader) is None:
         raise StateError(
             "the state holds a sampler's own state, but this loader's sampler has no load_state_dict: construct the "
             "loader with the sampler of the saved run",
             expected="a sampler with load_state_dict",
             found=type(loader.sampler).__qualname__,
         )
+    _load_sampler(loader, state)
     if state.dataset_state and is_stateful(loader.dataset):
         loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
+
+
+def _load_sampler(loader: Any, state: LoaderState) -> None:
+    if state.sampler_state:
+        stateful_sampler(loader).load_state_dict(copy.deepcopy(state.sampler_state[0]))
 
 
 def begin_next(loader: Any, state: LoaderState, journal: Journal) -> None:
@@ -295,6 +298,8 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     """
     generators = _set_generators(loader, state.generators)
     _tell_epochs(loader, state.sampler_epochs)
+    with preserve_rng():
+        _load_sampler(loader, state)  # again: whoever told it another epoch meanwhile may have reset it
     streams = decode_streams(state.streams)
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)
     spares = SpareReservoir(seed=state.base_seed, epoch=state.epoch)
