@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import signal
+import threading
 from typing import Any
 
 import pytest
 from torch.utils.data import IterableDataset, get_worker_info
 
-from robustloader import RobustDataLoader
+from robustloader import RecoveryPolicy, RobustDataLoader, WorkerStartError
 
 
 def numbers(batches: Any) -> list[int]:
@@ -45,3 +48,66 @@ def test_a_later_epoch_of_persistent_workers_goes_on(epochs: int, later: int, pe
     rest = numbers(other)
     assert rest == numbers(iterator)
     assert sorted(head + rest) == list(range(120))
+
+
+class Range(IterableDataset):
+    """As torch's documentation has it: ``worker_init_fn`` narrows it to a worker's share. It holds a lock."""
+
+    def __init__(self) -> None:
+        self.bounds = {"start": 0, "end": 40}
+        self.lock = threading.Lock()
+
+    def __iter__(self) -> Any:
+        with self.lock:
+            return iter(range(self.bounds["start"], self.bounds["end"]))
+
+
+class Unique(Range):
+    """The same, and not to be copied."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("there is only one of it")
+
+
+class Shared(Unique):
+    """The same, and it asks which worker reads it."""
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        return iter(range(first, 40, step))
+
+
+def narrow(worker: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    size = 40 // info.num_workers
+    info.dataset.bounds["start"], info.dataset.bounds["end"] = worker * size, (worker + 1) * size
+
+
+@pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")
+@pytest.mark.parametrize("way", ["killed", "resumed"])
+@pytest.mark.parametrize(("dataset", "init"), [(Range, narrow), (Unique, narrow), (Shared, None)])
+def test_the_training_process_takes_over_shards(dataset: Any, init: Any, way: str) -> None:
+    """Its own dataset stays whole: it narrows copies, and refuses where there can be none."""
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        policy = RecoveryPolicy(max_restarts=0)
+        return RobustDataLoader(dataset(), 4, num_workers=workers, worker_init_fn=init, recovery=policy)
+
+    ours = make(2)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 3))
+    if way == "killed":
+        for process in iterator.processes():
+            os.kill(process.pid, signal.SIGKILL)
+        resumed = ours
+    else:
+        resumed = make(0)
+        resumed.load_state_dict(ours.state_dict())
+    if dataset is Unique:
+        with pytest.raises(WorkerStartError, match="only one of it"):
+            list(iterator if way == "killed" else resumed)
+    else:
+        assert sorted(head + numbers(iterator if way == "killed" else resumed)) == list(range(40))
+    assert resumed.dataset.bounds == {"start": 0, "end": 40}
