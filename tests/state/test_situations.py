@@ -23,6 +23,7 @@ from robustloader import (
     RobustDataLoader,
     SampleError,
     StateError,
+    WorkerStartError,
 )
 from tests.support.datasets import Deadly, Death, Numbers, Raising, Random, Stream, damaged
 
@@ -434,6 +435,51 @@ def test_a_state_taken_before_the_next_batch(workers: int, steps: int) -> None:
         head = head or numbers(itertools.islice(iterator, steps))
         state = ours.state_dict()
         assert head + numbers(iterator) == whole
+
+
+class Mounted:
+    """Lets workers start once its file is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, worker: int) -> None:
+        if not self.path.exists():
+            raise OSError("not mounted yet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "later"),
+    [("shuffled", 1, 1), ("elastic", 2, 2), ("stream", 2, 2), ("stream", 2, 0)],
+)
+def test_a_beginning_that_fails_uses_nothing_up(tmp_path: Path, kind: str, before: int, later: int) -> None:
+    """``worker_init_fn`` raises out of ``iter()``: whoever tries again goes on with the state that was loaded."""
+    mounted = Mounted(tmp_path / "mounted")
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        dataset: Any = Stream(30) if kind == "stream" else Numbers(30)
+        sampler = ElasticDistributedSampler(dataset, 1, 0) if kind == "elastic" else None
+        shuffle = True if kind == "shuffled" else None
+        return RobustDataLoader(
+            dataset, 3, shuffle=shuffle, sampler=sampler, num_workers=workers, worker_init_fn=mounted
+        )
+
+    mounted.path.touch()
+    ours = make(before)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 4))
+    state = ours.state_dict()
+    other = make(later)
+    other.load_state_dict(state)
+    mounted.path.unlink()
+    for _ in range(2):
+        with pytest.raises((WorkerStartError, OSError), match="not mounted yet"):
+            iter(other)
+        assert other.state_dict() == state
+    mounted.path.touch()
+    assert numbers(other) == numbers(iterator)
+    assert len(head) == 12
+    assert sorted(numbers(other)) == list(range(30))
 
 
 def test_epochs_go_on_counting() -> None:
