@@ -61,7 +61,8 @@ class ShardState:
         ended: whether there are no more.
         streams: the random states that it began the epoch with; empty for those of its seed.
         snapshot: empty, or the state of a dataset or stream that keeps its own, as a dict (``calls``, ``ended``,
-            ``dataset``, ``stream``, ``streams``).
+            ``dataset``, ``stream``, ``rng``, ``over``). Of a shard that has ended: the dataset's, for the next epoch of
+            a process that stays.
     """
 
     calls: int = 0
@@ -89,7 +90,8 @@ class LoaderState(Setting):
         sampler_epochs: what samplers with ``set_epoch`` had been told before the epoch began; empty between two epochs,
             where telling them is still to come.
         workers: worker processes that the epoch began with; an iterable epoch keeps as many shards to its end.
-        shards: one per shard (one without workers) of an iterable epoch.
+        shards: one per shard (one without workers) of an iterable epoch. With ``begun=False``, these two are of the
+            epoch before, where what it leaves in its processes is known.
         next_shard: the shard whose turn it is.
         sampler_state, dataset_state: empty, or what the user's object returned.
         sampler_skip: how many more batches were delivered since the sampler was asked for its state.

@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from robustloader.decisions.keys import as_list, once_only
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
-from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
+from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Progress, Resumption, ShardProgress
 from robustloader.engine.streams import (
     Streams,
     all_samplers,
@@ -29,7 +29,7 @@ from robustloader.errors import StateError
 from robustloader.state import LoaderState, Setting, ShardState
 from robustloader.system import torch_private
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
-from robustloader.worker.stateful import StreamSnapshot, is_stateful, state_of, take_snapshot
+from robustloader.worker.stateful import StreamSnapshot, is_stateful, put_at_end, state_of, take_snapshot
 
 __all__ = [
     "begin_next",
@@ -137,9 +137,12 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         drain = ended is not None and pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL) == ended[0]
         if drain and ended is not None:
             told = (pickle.loads(ended[1].state),)
+        ends = _ends(loader, progress) if iterable and progress is not None else ()
         return LoaderState(
             epoch=upcoming if progress is None else progress.epoch + 1,
             begun=False,
+            workers=progress.workers if progress is not None and ends else 0,
+            shards=ends,
             sampler_state=told,
             sampler_drain=drain,
             dataset_state=state_of(loader.dataset),
@@ -169,7 +172,19 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
     )
 
 
+def _ends(loader: Any, progress: Progress) -> tuple[ShardState, ...]:
+    """What the shards of an epoch that is over leave to the next one: the one shard of this process, or those of
+    workers that stay."""
+    if not progress.workers:
+        return (ShardState(ended=True),)
+    if loader.natural_openings()[0] != "i" or not any(shard.end for shard in progress.shards):
+        return ()
+    return tuple(ShardState(ended=True, snapshot=_plain(shard.end)) for shard in progress.shards)
+
+
 def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
+    if shard.final is not None and shard.batches >= shard.final:
+        return ShardState(calls=shard.calls, batches=shard.batches, ended=True, snapshot=_plain(shard.end))
     taken: StreamSnapshot | None = None
     if stream is not None:  # of this process: it stands where the trainer is
         taken = take_snapshot(stream, with_rng=False)
@@ -179,17 +194,22 @@ def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
         )
     elif shard.snapshot is not None:
         taken = pickle.loads(shard.snapshot)
-    plain: tuple[Any, ...] = ()
-    if taken is not None:
-        streams = () if taken.rng is None else encode_streams(taken.rng)
-        plain = (taken._replace(rng=None)._asdict() | {"rng": streams},)
+    needed = shard.rng is not None and (taken is None or taken.rng is None)
     return ShardState(
         calls=shard.calls,
         batches=shard.batches,
-        ended=shard.final is not None and shard.batches >= shard.final,
-        streams=() if shard.rng is None else encode_streams(shard.rng),
-        snapshot=plain,
+        streams=encode_streams(shard.rng) if needed else (),
+        snapshot=_plain(taken),
     )
+
+
+def _plain(snapshot: StreamSnapshot | bytes | None) -> tuple[Any, ...]:
+    """A snapshot as a state has it."""
+    taken: StreamSnapshot | None = pickle.loads(snapshot) if isinstance(snapshot, bytes) else snapshot
+    if taken is None:
+        return ()
+    streams = () if taken.rng is None else encode_streams(taken.rng)
+    return (taken._replace(rng=None)._asdict() | {"rng": streams},)
 
 
 # --- loading
@@ -204,6 +224,8 @@ def shard_progress(shard: ShardState) -> ShardProgress:
         plain["dataset"], plain["stream"] = tuple(plain["dataset"]), tuple(plain["stream"])
         taken = StreamSnapshot(**plain, rng=decode_streams(streams) if streams else None)
         snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+        if shard.ended:  # one that was not taken at the very end is of no more use
+            return ShardProgress(shard.calls, shard.batches, shard.batches, end=snapshot if taken.over else None)
     return ShardProgress(
         calls=shard.calls,
         batches=shard.batches,
@@ -224,7 +246,10 @@ def load_objects(loader: Any, state: LoaderState) -> None:
         )
     _load_sampler(loader, state)
     if state.dataset_state and is_stateful(loader.dataset):
-        loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
+        if not state.begun and state.shards and not state.workers:
+            put_at_end(loader.dataset, state.dataset_state[0])
+        else:
+            loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
 
 
 def _load_sampler(loader: Any, state: LoaderState) -> None:

@@ -47,7 +47,7 @@ from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, IterableFetcher, Loaded, MapFetcher, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.meter import MemoryMeter
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
-from robustloader.worker.stateful import pickled_snapshot, restored_fetcher
+from robustloader.worker.stateful import pickled_end, pickled_snapshot, restored_fetcher
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 
@@ -344,7 +344,7 @@ class _Worker:
         if isinstance(outcome, Loaded):  # encoded twice in vain, though each part can be: collate_fn is at fault
             error = TypeError("collate_fn returned something that cannot be pickled")
             return Failed(order.run, order.task, Raised.of(error, self.where), outcome.report or Report(), calls)
-        return Exhausted(order.run, order.task, outcome.report, calls)
+        return Exhausted(order.run, order.task, outcome.report, calls, pickled_end(self.fetcher))
 
 
 def _decode(parcel: codec.Parcel) -> Any:

@@ -111,3 +111,92 @@ def test_the_training_process_takes_over_shards(dataset: Any, init: Any, way: st
     else:
         assert sorted(head + numbers(iterator if way == "killed" else resumed)) == list(range(40))
     assert resumed.dataset.bounds == {"start": 0, "end": 40}
+
+
+class Asked(IterableDataset):
+    """As torchdata has it, too: a loaded place waits until the dataset is read. The first worker has less."""
+
+    def __init__(self) -> None:
+        self.place = 0
+        self.wanted: int | None = None
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        start, self.wanted = self.wanted or 0, None
+        for self.place in range(start + 1, 11 if info is not None and info.id == 0 else 39):
+            yield self.place
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.wanted = state["place"]
+
+
+class Epochs(IterableDataset):
+    """One order for all workers, another one in each epoch; it keeps its epoch and its place."""
+
+    def __init__(self) -> None:
+        self.epoch = self.place = 0
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info else (0, 1)
+        order = random.Random(self.epoch).sample(range(50), 50)[first::step]
+        while self.place < len(order):
+            self.place += 1
+            yield order[self.place - 1]
+        self.epoch, self.place = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.place = state["epoch"], state["place"]
+
+
+def lists(batches: Any) -> list[list[int]]:
+    return [batch.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("place", ["begun", "middle", -4, -2, -1, "last", "past"])
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("dataset", [Asked, Epochs])
+def test_what_a_dataset_keeps_outlasts_the_end_of_its_shard(dataset: Any, workers: int, place: str | int) -> None:
+    """Stopped anywhere in the third epoch, with some shards at their end and some not: it and all later epochs are
+    those of the unbroken run."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(dataset(), 5, num_workers=workers, persistent_workers=workers > 0)
+
+    unbroken = make()
+    epochs = [lists(unbroken) for _ in range(5)]
+    ours = make()
+    assert [lists(ours) for _ in range(2)] == epochs[:2]
+    size = len(epochs[2])
+    places = {"begun": 0, "middle": 4, "last": size, "past": size + 1}
+    steps = size + place if isinstance(place, int) else places[place]
+    iterator = iter(ours)
+    head = lists(itertools.islice(iterator, steps))
+    state = json.loads(json.dumps(ours.state_dict()))
+    assert state["begun"] == (place != "past")
+    other = make()
+    other.load_state_dict(state)
+    told = [head + lists(other)] if state["begun"] else [head]
+    assert told + [lists(other) for _ in range(2)] == epochs[2:]
+
+
+@pytest.mark.parametrize("taken", [0, 9, 13])
+def test_what_a_dataset_keeps_outlasts_its_process(taken: int) -> None:
+    """Whoever takes the place of a process that died, at its shard's beginning, in it or after it, knows the epoch."""
+    ours = RobustDataLoader(Epochs(), 5, num_workers=3, persistent_workers=True)
+    unbroken = RobustDataLoader(Epochs(), 5, num_workers=3, persistent_workers=True)
+    for _ in range(2):
+        assert numbers(ours) == numbers(unbroken)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, taken))
+    for process in iterator.processes():
+        os.kill(process.pid, signal.SIGKILL)
+    assert head + numbers(iterator) == numbers(unbroken)
+    for _ in range(2):
+        assert numbers(ours) == numbers(unbroken)
