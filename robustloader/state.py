@@ -25,9 +25,9 @@ class Setting:
     Attributes:
         kind: "map" or "iterable".
         dataset_length: None where the dataset has no length.
-        batch_size: None without automatic batching, and with a batch sampler.
-        drop_last: as given to the loader.
-        sampler: name of the type of the sampler or, where one was given, the batch sampler.
+        batch_size: None without automatic batching, and with a batch sampler other than torch's own.
+        drop_last: as given to the loader, or to torch's batch sampler.
+        sampler: name of the type of the sampler or, where another than torch's was given, the batch sampler.
         sampler_length: batches (samples without automatic batching) of an epoch; None where that is not known, or
             where the sampler keeps its own state and may be of another size, as for another number of ranks.
     """
@@ -207,6 +207,8 @@ def check_setting(state: LoaderState, setting: Setting) -> None:
     if None in pairs["sampler_length"]:
         del pairs["sampler_length"]
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if _says_little(state):
+        wrong = {name: pair for name, pair in wrong.items() if name not in ("batch_size", "drop_last", "sampler")}
     if not wrong:
         return
     if "dataset_length" in wrong or "batch_size" in wrong or "drop_last" in wrong or "sampler" in wrong:
@@ -220,6 +222,13 @@ def check_setting(state: LoaderState, setting: Setting) -> None:
         expected={name: ours for name, (ours, _) in wrong.items()},
         found={name: theirs for name, (_, theirs) in wrong.items()},
     )
+
+
+def _says_little(state: LoaderState) -> bool:
+    """Whether a state is of a loader that was given torch's batch sampler, from when states told only of how many
+    batches it has: one sample at a time, they would be as many as the dataset has."""
+    plain = state.batch_size is None and state.sampler == "SequentialSampler"
+    return plain and state.sampler_length != state.dataset_length
 
 
 @dataclass(slots=True)

@@ -51,14 +51,15 @@ _WALK = 1 << 16
 def describe(loader: Any) -> Setting:
     """What a loader's states depend on."""
     iterable = torch_private.is_iterable(loader)
-    own_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
-    chooser = loader.batch_sampler if own_batches else loader.sampler
     reads = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    # torch's batch sampler means the same whether it was given or made of the loader's arguments.
+    plain = reads if type(reads) is BatchSampler else loader
+    chooser = reads if type(reads) is not BatchSampler else reads.sampler
     return Setting(
         kind="iterable" if iterable else "map",
         dataset_length=_length(loader.dataset) if not iterable else None,
-        batch_size=loader.batch_size,
-        drop_last=bool(loader.drop_last),
+        batch_size=plain.batch_size,
+        drop_last=bool(plain.drop_last),
         sampler="" if iterable else type(chooser).__qualname__,
         sampler_length=None if iterable or stateful_sampler(loader) is not None else _length(reads),
     )
