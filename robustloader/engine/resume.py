@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from robustloader.decisions.keys import as_list, once_only
@@ -168,7 +169,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         sampler_skip=0 if mark is None else progress.delivered.count - 1 - read,
         sampler_drain=mark is not None and mark.drain,
         dataset_state=() if iterable else state_of(loader.dataset),
-        spares=() if mark is None else (*mark.spares[:3], [list(row) for row in mark.spares[3]]),
+        spares=() if mark is None else (*mark.spares[:3], [list(map(_plain_index, row)) for row in mark.spares[3]]),
         **common,
     )
 
@@ -202,6 +203,13 @@ def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
         streams=encode_streams(shard.rng) if needed else (),
         snapshot=_plain(taken),
     )
+
+
+def _plain_index(index: Any) -> Any:
+    """NumPy's indices as Python's: ``torch.load`` takes plain values alone by default, and so does JSON."""
+    if isinstance(index, (np.integer, np.str_)):
+        return index.item()
+    return tuple(map(_plain_index, index)) if type(index) is tuple else index
 
 
 def _plain(snapshot: StreamSnapshot | bytes | None) -> tuple[Any, ...]:
