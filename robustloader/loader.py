@@ -233,11 +233,16 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         iterator: InProcessIterator | MultiprocessIterator
         # What an iterable epoch began without workers has no shards to share out: its rest is loaded without them too.
         alone = resume is not None and options.iterable and resume.state.workers == 0
-        if self.num_workers == 0 or alone:
-            iterator = InProcessIterator(self, options)
-        else:
-            self.check_worker_number_rationality()  # type: ignore[no-untyped-call,unused-ignore]
-            iterator = MultiprocessIterator(self, options)
+        try:
+            if self.num_workers == 0 or alone:
+                iterator = InProcessIterator(self, options)
+            else:
+                self.check_worker_number_rationality()  # type: ignore[no-untyped-call,unused-ignore]
+                iterator = MultiprocessIterator(self, options)
+        except BaseException:
+            if resume is not None:  # nobody got anything of the epoch: whoever tries again goes on with it
+                self._journal.loaded = state
+            raise
         self._iterators.add(iterator)
         return iterator
 

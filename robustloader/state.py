@@ -25,9 +25,9 @@ class Setting:
     Attributes:
         kind: "map" or "iterable".
         dataset_length: None where the dataset has no length.
-        batch_size: None without automatic batching, and with a batch sampler.
-        drop_last: as given to the loader.
-        sampler: name of the type of the sampler or, where one was given, the batch sampler.
+        batch_size: None without automatic batching, and with a batch sampler other than torch's own.
+        drop_last: as given to the loader, or to torch's batch sampler.
+        sampler: name of the type of the sampler or, where another than torch's was given, the batch sampler.
         sampler_length: batches (samples without automatic batching) of an epoch; None where that is not known, or
             where the sampler keeps its own state and may be of another size, as for another number of ranks.
     """
@@ -64,7 +64,8 @@ class ShardState:
         ended: whether there are no more.
         streams: the random states that it began the epoch with; empty for those of its seed.
         snapshot: empty, or the state of a dataset or stream that keeps its own, as a dict (``calls``, ``ended``,
-            ``dataset``, ``stream``, ``streams``).
+            ``dataset``, ``stream``, ``rng``, ``over``). Of a shard that has ended: the dataset's, for the next epoch of
+            a process that stays.
     """
 
     calls: int = 0
@@ -95,7 +96,8 @@ class LoaderState(Setting):
         sampler_epochs: what samplers with ``set_epoch`` had been told before the epoch began; empty between two epochs,
             where telling them is still to come.
         workers: worker processes that the epoch began with; an iterable epoch keeps as many shards to its end.
-        shards: one per shard (one without workers) of an iterable epoch.
+        shards: one per shard (one without workers) of an iterable epoch. With ``begun=False``, these two are of the
+            epoch before, where what it leaves in its processes is known.
         next_shard: the shard whose turn it is.
         sampler_state, dataset_state: empty, or what the user's object returned.
         sampler_skip: how many more batches were delivered since the sampler was asked for its state.
@@ -214,6 +216,8 @@ def check_setting(state: LoaderState, setting: Setting) -> None:
     if None in pairs["sampler_length"]:
         del pairs["sampler_length"]
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if _says_little(state):
+        wrong = {name: pair for name, pair in wrong.items() if name not in ("batch_size", "drop_last", "sampler")}
     if not wrong:
         return
     if "dataset_length" in wrong or "batch_size" in wrong or "drop_last" in wrong or "sampler" in wrong:
@@ -227,6 +231,13 @@ def check_setting(state: LoaderState, setting: Setting) -> None:
         expected={name: ours for name, (ours, _) in wrong.items()},
         found={name: theirs for name, (_, theirs) in wrong.items()},
     )
+
+
+def _says_little(state: LoaderState) -> bool:
+    """Whether a state is of a loader that was given torch's batch sampler, from when states told only of how many
+    batches it has: one sample at a time, they would be as many as the dataset has."""
+    plain = state.batch_size is None and state.sampler == "SequentialSampler"
+    return plain and state.sampler_length != state.dataset_length
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from robustloader.engine.options import EngineOptions
 from robustloader.engine.progress import Resumption, ShardProgress
 from robustloader.engine.resume import shard_progress
 from robustloader.engine.streams import Standing, own_generators
-from robustloader.errors import SampleError
+from robustloader.errors import SampleError, WorkerStartError
 from robustloader.events import BatchInfo
 from robustloader.state import LoaderState
 from robustloader.system import host, torch_private
@@ -41,7 +41,7 @@ from robustloader.worker.fetch import (
     make_fetcher,
 )
 from robustloader.worker.seeding import KeptStreams, RandomStreams, preserve_rng, restore_rng, seed_batch
-from robustloader.worker.stateful import pickled_snapshot, restored_fetcher, take_snapshot
+from robustloader.worker.stateful import is_stateful, pickled_snapshot, restored_fetcher, take_snapshot
 
 __all__ = ["LOOKED_AT", "InProcessIterator", "Shards", "StandIn", "batch_nbytes", "calls_of", "count_tensors"]
 
@@ -360,8 +360,11 @@ class StandIn:
     """The training process doing a worker's work: its ``get_worker_info()``, its ``worker_init_fn``, its collate
     semantics, and random streams that leave the training process's own where they were.
 
-    A map-style dataset is the trainer's own, as with ``num_workers=0``. Of an iterable one it takes a copy where it
-    can, because ``worker_init_fn`` may change it to this worker's share.
+    A map-style dataset is the trainer's own, as with ``num_workers=0``. Of an iterable one it takes a copy, because
+    ``worker_init_fn`` may change it to this worker's share.
+
+    Raises:
+        WorkerStartError: the dataset cannot be copied, and something is about to change it.
     """
 
     def __init__(
@@ -383,8 +386,16 @@ class StandIn:
         self._base_seed = base_seed
         dataset = options.dataset
         if options.iterable:
-            with contextlib.suppress(Exception):  # a user's __deepcopy__, or an open file: then it is the original
-                dataset = copy.deepcopy(dataset)
+            try:
+                dataset = _copied(dataset)
+            except Exception as error:
+                if worker_init_fn is not None or is_stateful(dataset):
+                    raise WorkerStartError(
+                        f"the training process cannot stand in for worker {worker_id}, because the dataset cannot be "
+                        f"copied ({type(error).__name__}: {error}) and would itself be narrowed to a worker's share: "
+                        "give it a __copy__, or load with as many worker processes as the epoch began with",
+                        worker_id=worker_id,
+                    ) from error
         # A map-style stand-in follows an unknown number of incarnations; no worker ever gets this one's stream.
         self._streams = RandomStreams(base_seed, worker_id, 0 if options.iterable else 1 << 20)
         self._info = torch_private.new_worker_info(
@@ -429,6 +440,19 @@ class StandIn:
             if self._options.seeding == "batch" and not self._options.iterable:
                 seed_batch(self._base_seed, epoch, order.task)
             return self._fetcher.fetch(order)
+
+
+def _copied(dataset: Any) -> Any:
+    """A dataset of the same content. What cannot be copied in it (a lock, an open file) is shared."""
+    try:
+        return copy.deepcopy(dataset)
+    except Exception:  # a user's __deepcopy__, or that of an attribute
+        twin = copy.copy(dataset)
+    memo = {id(dataset): twin}
+    for name, value in getattr(twin, "__dict__", {}).items():
+        with contextlib.suppress(Exception):
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+    return twin
 
 
 class Shards:

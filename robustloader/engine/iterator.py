@@ -184,6 +184,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._open_books()
             if resume is not None and options.iterable:
                 self._resume_shards(resume)
+            elif (loaded := options.journal.loaded) is not None:
+                self._begin_shards([shard_progress(shard).end for shard in loaded.shards])
             self._start_workers(startable, shortage)
             if self.pins:
                 pin = functools.partial(torch_private.pin_memory, device=self.pin_device)
@@ -264,6 +266,12 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             )
             slot.ended = progress.final is not None
 
+    def _begin_shards(self, ends: list[bytes | None]) -> None:
+        """Let every shard begin with its dataset as it was when the epoch before had ended."""
+        if len(ends) == len(self._crew.slots):
+            for slot, end in zip(self._crew.slots, ends, strict=True):
+                slot.snapshot = end
+
     def _begin_progress(self, opening: str) -> None:
         self._progress = self._options.journal.begin(
             self,
@@ -278,6 +286,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._progress.shards = [shard_progress(shard) for shard in self._resume_from.state.shards]
         if self._resume_from is None:
             self._progress.read(-1, self._books.spares)
+            for slot, shard in zip(self._crew.slots, self._progress.shards, strict=False):
+                shard.snapshot = slot.snapshot
 
     def _start_details(self, slot: Slot) -> dict[str, Any]:
         return {
@@ -326,9 +336,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._resources.close_recording()
             self._open_books()
             self._recovery.orphans.clear()
+            self._begin_shards([shard.end for shard in self._progress.shards])
             for slot in self._crew.slots:
                 slot.ended, slot.batches, slot.calls, slot.blame, slot.rng = False, 0, 0, ShardBlame(), None
-                slot.snapshot = None
                 slot.orders.clear()
                 slot.trials.clear()
                 slot.trial = None
@@ -694,7 +704,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return
         elif isinstance(message, Resumed):
             if message.run == self._books.run:
-                slot.rng = message.rng
+                slot.rng = self._progress.shards[slot.worker_id].rng = message.rng
         elif isinstance(message, TrialPassed):
             worker.finished += 1
             self._recovery.on_trial_passed(slot)
@@ -732,7 +742,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         elif isinstance(message, Unfilled):
             self._on_unfilled(task, slot, message)
         elif isinstance(message, Exhausted):
-            self._on_exhausted(slot)
+            self._on_exhausted(slot, message.end)
         self._recovery.check_suspects()
         if report is not None:
             self._options.desk.take(
@@ -822,10 +832,11 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         task.attempt -= 1
         self._give(task, slot)
 
-    def _on_exhausted(self, slot: Slot) -> None:
+    def _on_exhausted(self, slot: Slot, end: bytes | None) -> None:
         """This worker's share of an iterable dataset has ended."""
         slot.ended = True
-        self._progress.shards[slot.worker_id].final = slot.batches
+        shard = self._progress.shards[slot.worker_id]
+        shard.final, shard.end = slot.batches, end
         self._books.withdraw_stream(slot.worker_id)
         slot.orders.clear()
         if slot.worker is not None and (not self._persistent or self._recovery.orphans):

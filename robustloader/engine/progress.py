@@ -89,7 +89,8 @@ class Resumption:
 class ShardProgress:
     """What was delivered of one shard of an iterable dataset; ``final``: after how many batches it has ended.
 
-    ``untold``: what the user's ``state_dict`` raised where the snapshot should have been taken.
+    ``untold``: what the user's ``state_dict`` raised where the snapshot should have been taken. ``end``: what the next
+    epoch begins with in a process that stays; None where it cannot be told.
     """
 
     calls: int = 0
@@ -98,6 +99,7 @@ class ShardProgress:
     rng: Any = None
     snapshot: bytes | None = None
     untold: str = ""
+    end: bytes | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from robustloader.decisions.keys import as_list, once_only, probe
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.faults import FaultDesk
-from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Resumption, ShardProgress
+from robustloader.engine.progress import Beginning, Journal, Mark, Opened, Progress, Resumption, ShardProgress
 from robustloader.engine.streams import (
     Standing,
     Streams,
@@ -32,7 +32,7 @@ from robustloader.errors import StateError, warn_user
 from robustloader.state import LoaderState, Setting, ShardState
 from robustloader.system import torch_private
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
-from robustloader.worker.stateful import StreamSnapshot, is_stateful, state_of, take_snapshot
+from robustloader.worker.stateful import StreamSnapshot, is_stateful, put_at_end, state_of, take_snapshot
 
 __all__ = [
     "begin_next",
@@ -54,14 +54,15 @@ _WALK = 1 << 16
 def describe(loader: Any) -> Setting:
     """What a loader's states depend on."""
     iterable = torch_private.is_iterable(loader)
-    own_batches = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
-    chooser = loader.batch_sampler if own_batches else loader.sampler
     reads = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    # torch's batch sampler means the same whether it was given or made of the loader's arguments.
+    plain = reads if type(reads) is BatchSampler else loader
+    chooser = reads if type(reads) is not BatchSampler else reads.sampler
     return Setting(
         kind="iterable" if iterable else "map",
         dataset_length=_length(loader.dataset) if not iterable else None,
-        batch_size=loader.batch_size,
-        drop_last=bool(loader.drop_last),
+        batch_size=plain.batch_size,
+        drop_last=bool(plain.drop_last),
         sampler="" if iterable else type(chooser).__qualname__,
         sampler_length=None if iterable or stateful_sampler(loader) is not None else _length(reads),
     )
@@ -140,9 +141,12 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         drain = ended is not None and pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL) == ended[0]
         if drain and ended is not None:
             told = (pickle.loads(ended[1].state),)
+        ends = _ends(loader, progress) if iterable and progress is not None else ()
         return LoaderState(
             epoch=upcoming if progress is None else progress.epoch + 1,
             begun=False,
+            workers=progress.workers if progress is not None and ends else 0,
+            shards=ends,
             sampler_state=told,
             sampler_drain=drain,
             dataset_state=state_of(loader.dataset),
@@ -170,12 +174,24 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
         sampler_skip=0 if mark is None else progress.delivered.count - 1 - read,
         sampler_drain=mark is not None and mark.drain,
         dataset_state=() if iterable else state_of(loader.dataset),
-        spares=() if mark is None else (*mark.spares[:3], [list(row) for row in mark.spares[3]]),
+        spares=() if mark is None else (*mark.spares[:3], [list(map(_plain_index, row)) for row in mark.spares[3]]),
         **common,
     )
 
 
+def _ends(loader: Any, progress: Progress) -> tuple[ShardState, ...]:
+    """What the shards of an epoch that is over leave to the next one: the one shard of this process, or those of
+    workers that stay."""
+    if not progress.workers:
+        return (ShardState(ended=True),)
+    if loader.natural_openings()[0] != "i" or not any(shard.end for shard in progress.shards):
+        return ()
+    return tuple(ShardState(ended=True, snapshot=_plain(shard.end)) for shard in progress.shards)
+
+
 def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
+    if shard.final is not None and shard.batches >= shard.final:
+        return ShardState(calls=shard.calls, batches=shard.batches, ended=True, snapshot=_plain(shard.end))
     taken: StreamSnapshot | None = None
     if stream is not None:  # of this process: it stands where the trainer is
         taken = take_snapshot(stream, with_rng=False)
@@ -185,17 +201,29 @@ def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
         )
     elif shard.snapshot is not None:
         taken = pickle.loads(shard.snapshot)
-    plain: tuple[Any, ...] = ()
-    if taken is not None:
-        streams = () if taken.rng is None else encode_streams(taken.rng)
-        plain = (taken._replace(rng=None)._asdict() | {"rng": streams},)
+    needed = shard.rng is not None and (taken is None or taken.rng is None)
     return ShardState(
         calls=shard.calls,
         batches=shard.batches,
-        ended=shard.final is not None and shard.batches >= shard.final,
-        streams=() if shard.rng is None else encode_streams(shard.rng),
-        snapshot=plain,
+        streams=encode_streams(shard.rng) if needed else (),
+        snapshot=_plain(taken),
     )
+
+
+def _plain_index(index: Any) -> Any:
+    """NumPy's indices as Python's: ``torch.load`` takes plain values alone by default, and so does JSON."""
+    if isinstance(index, (np.integer, np.str_)):
+        return index.item()
+    return tuple(map(_plain_index, index)) if type(index) is tuple else index
+
+
+def _plain(snapshot: StreamSnapshot | bytes | None) -> tuple[Any, ...]:
+    """A snapshot as a state has it."""
+    taken: StreamSnapshot | None = pickle.loads(snapshot) if isinstance(snapshot, bytes) else snapshot
+    if taken is None:
+        return ()
+    streams = () if taken.rng is None else encode_streams(taken.rng)
+    return (taken._replace(rng=None)._asdict() | {"rng": streams},)
 
 
 # --- loading
@@ -211,6 +239,8 @@ def shard_progress(shard: ShardState) -> ShardProgress:
             plain[name] = tuple(plain.get(name, ()))
         taken = StreamSnapshot(**plain, rng=decode_streams(streams) if streams else None)
         snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+        if shard.ended:  # one that was not taken at the very end is of no more use
+            return ShardProgress(shard.calls, shard.batches, shard.batches, end=snapshot if taken.over else None)
     return ShardProgress(
         calls=shard.calls,
         batches=shard.batches,
@@ -222,18 +252,24 @@ def shard_progress(shard: ShardState) -> ShardProgress:
 
 def load_objects(loader: Any, state: LoaderState) -> None:
     """Give the user's own objects their states back."""
-    sampler = stateful_sampler(loader)
-    if state.sampler_state and sampler is not None:
-        sampler.load_state_dict(copy.deepcopy(state.sampler_state[0]))
-    elif state.sampler_state:
+    if state.sampler_state and stateful_sampler(loader) is None:
         raise StateError(
             "the state holds a sampler's own state, but this loader's sampler has no load_state_dict: construct the "
             "loader with the sampler of the saved run",
             expected="a sampler with load_state_dict",
             found=type(loader.sampler).__qualname__,
         )
+    _load_sampler(loader, state)
     if state.dataset_state and is_stateful(loader.dataset):
-        loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
+        if not state.begun and state.shards and not state.workers:
+            put_at_end(loader.dataset, state.dataset_state[0])
+        else:
+            loader.dataset.load_state_dict(copy.deepcopy(state.dataset_state[0]))
+
+
+def _load_sampler(loader: Any, state: LoaderState) -> None:
+    if state.sampler_state:
+        stateful_sampler(loader).load_state_dict(copy.deepcopy(state.sampler_state[0]))
 
 
 def begin_next(loader: Any, state: LoaderState, journal: Journal) -> None:
@@ -303,6 +339,8 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
     generators = _set_generators(loader, state.generators)
     reading = Standing.decode(state.reading) if state.reading else None
     _tell_epochs(loader, state.sampler_epochs)
+    with preserve_rng():
+        _load_sampler(loader, state)  # again: whoever told it another epoch meanwhile may have reset it
     streams = decode_streams(state.streams)
     unsaved = _unsaved_generators(loader) if state.delivered else {}
     batched, iterable = torch_private.auto_collation(loader), torch_private.is_iterable(loader)

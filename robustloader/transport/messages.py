@@ -206,12 +206,14 @@ class Failed(NamedTuple):
 
 
 class Exhausted(NamedTuple):
-    """The worker's share of an iterable dataset has ended; ``task`` gets no batch."""
+    """The worker's share of an iterable dataset has ended; ``task`` gets no batch. ``end`` is the pickled state that a
+    dataset which keeps its own has then."""
 
     run: int
     task: int
     report: Report | None = None
     calls: int = 0
+    end: bytes | None = None
 
 
 class TrialPassed(NamedTuple):

@@ -47,7 +47,7 @@ from robustloader.worker.collate import Stacker
 from robustloader.worker.fetch import Broken, IterableFetcher, Loaded, MapFetcher, Outcome, Plan, Short, make_fetcher
 from robustloader.worker.meter import MemoryMeter
 from robustloader.worker.seeding import restore_rng, rng_states, seed_batch, seed_worker
-from robustloader.worker.stateful import pickled_snapshot, restored_fetcher
+from robustloader.worker.stateful import pickled_end, pickled_snapshot, restored_fetcher
 
 __all__ = ["STACK_SIGNAL", "Cargo", "Setup", "run_worker"]
 
@@ -293,13 +293,14 @@ class _Worker:
             seed_batch(self.base_seed, self.epoch, order.task)
             outcome = self.fetcher.fetch(order._replace(careful=False))
         load_ns = time.monotonic_ns() - begun
-        for _ in range(2):
-            if not isinstance(outcome, Loaded):
-                break
+        tries = 0
+        while isinstance(outcome, Loaded) and tries < 2:
             self.beacon.enter(ENCODE, run=order.run, task=order.task, count=outcome.samples)
             try:
                 parcel = codec.dumps(outcome.batch)
             except BaseException as error:
+                if not self.setup.iterable or not self._tell(order, outcome.report):
+                    tries += 1
                 outcome = self._go_on(order, self.fetcher.repair_unpicklable(order, error))
                 continue
             snapshot = pickled_snapshot(self.fetcher) if self.setup.iterable else None
@@ -335,6 +336,13 @@ class _Worker:
                 outcome = self.fetcher.fetch(order)
         return outcome
 
+    def _tell(self, order: Fetch, report: Report | None) -> bool:
+        """A stream's batch cannot be encoded: tell the faults so far, so that their budget ends what never can; whether
+        to try again. The batch itself is still to be read by a successor."""
+        if report is not None:
+            self.channel.send(Unfilled(order.run, order.task, (), report, self.fetcher.calls - 1))
+        return not self.beacon.dismissed and not self.inbox.calls_away()
+
     def _reply(self, order: Fetch, outcome: Outcome) -> Any:
         calls = self.fetcher.calls
         if isinstance(outcome, Short):
@@ -344,7 +352,7 @@ class _Worker:
         if isinstance(outcome, Loaded):  # encoded twice in vain, though each part can be: collate_fn is at fault
             error = TypeError("collate_fn returned something that cannot be pickled")
             return Failed(order.run, order.task, Raised.of(error, self.where), outcome.report or Report(), calls)
-        return Exhausted(order.run, order.task, outcome.report, calls)
+        return Exhausted(order.run, order.task, outcome.report, calls, pickled_end(self.fetcher))
 
 
 def _decode(parcel: codec.Parcel) -> Any:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 from robustloader.decisions.keys import probe
 from robustloader.worker.fetch import IterableFetcher, Plan
-from robustloader.worker.seeding import restore_rng, rng_states
+from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
 
-__all__ = ["StreamSnapshot", "is_stateful", "pickled_snapshot", "restored_fetcher", "state_of", "take_snapshot"]
+__all__ = [
+    "StreamSnapshot",
+    "is_stateful",
+    "pickled_end",
+    "pickled_snapshot",
+    "put_at_end",
+    "restored_fetcher",
+    "state_of",
+    "take_snapshot",
+]
 
 
 class StreamSnapshot(NamedTuple):
@@ -21,6 +31,7 @@ class StreamSnapshot(NamedTuple):
         dataset, stream: empty, or the state of the dataset, and of the iterator that ``iter(dataset)`` returned.
         rng: the process's random states; None where these are not the stream's own.
         values: samples of the next batch that had been read when a signal handler raised.
+        over: whether the dataset's state is of the end of the epoch before: nothing has been read of this one.
     """
 
     calls: int
@@ -29,6 +40,7 @@ class StreamSnapshot(NamedTuple):
     stream: tuple[Any, ...]
     rng: Any = None
     values: tuple[Any, ...] = ()
+    over: bool = False
 
 
 def is_stateful(thing: object) -> bool:
@@ -60,7 +72,8 @@ def take_snapshot(fetcher: object, *, with_rng: bool, copied: bool = True) -> St
     if not dataset and not stream:
         return None
     rng = rng_states() if with_rng else None
-    return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng, tuple(fetcher.values))
+    over = not (fetcher.calls or fetcher.values)
+    return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng, tuple(fetcher.values), over)
 
 
 def pickled_snapshot(fetcher: object) -> bytes | str | None:
@@ -75,14 +88,55 @@ def pickled_snapshot(fetcher: object) -> bytes | str | None:
         return f"{type(error).__name__}: {error}"
 
 
+def pickled_end(fetcher: object) -> bytes | None:
+    """What the dataset of a stream that has ended begins its next epoch with, pickled; None where it cannot tell."""
+    if not isinstance(fetcher, IterableFetcher):
+        return None
+    try:
+        dataset = state_of(fetcher.plan.dataset, copied=False)
+        end = StreamSnapshot(calls=0, ended=False, dataset=dataset, stream=(), over=True)
+        return pickle.dumps(end, pickle.HIGHEST_PROTOCOL) if dataset else None
+    except Exception:  # whoever asks for a state has heard of it after the last batch
+        return None
+
+
+def put_at_end(dataset: Any, state: Any) -> None:
+    """Give a dataset the state that it had when an epoch of it was over."""
+    with preserve_rng():
+        dataset.load_state_dict(copy.deepcopy(state))
+        _use_up(dataset, iter(dataset), state)
+
+
+def _use_up(dataset: Any, stream: Iterator[Any], state: Any) -> None:
+    """See that a state of the end, which was loaded before ``stream`` was made, does not end the next epoch too.
+
+    Many datasets go by it when they are read the next time, and only then: so they are. One that yields something has
+    its next epoch in that state, and is given it again.
+    """
+    with preserve_rng():
+        try:
+            next(stream)
+        except StopIteration:
+            return
+        except Exception:  # a sample that fails is one, too
+            pass
+    if isinstance(stream, Generator):
+        stream.close()
+    dataset.load_state_dict(copy.deepcopy(state))
+
+
 def restored_fetcher(plan: Plan, snapshot: StreamSnapshot) -> IterableFetcher:
     """A fetcher that goes on where the snapshot was taken; the dataset is told before ``iter(dataset)``."""
-    if snapshot.dataset:
+    if snapshot.dataset and snapshot.over:
+        put_at_end(plan.dataset, snapshot.dataset[0])
+    elif snapshot.dataset:
         plan.dataset.load_state_dict(copy.deepcopy(snapshot.dataset[0]))
     fetcher = IterableFetcher(plan)
     if snapshot.stream:
         stream: Any = fetcher.stream
         stream.load_state_dict(copy.deepcopy(snapshot.stream[0]))
+    if snapshot.dataset and snapshot.ended:
+        _use_up(plan.dataset, fetcher.stream, snapshot.dataset[0])
     fetcher.calls, fetcher.ended, fetcher.values = snapshot.calls, snapshot.ended, list(snapshot.values)
     if snapshot.rng is not None:
         restore_rng(snapshot.rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from robustloader import FaultPolicy, RobustDataLoader
+from robustloader import FaultBudgetError, FaultPolicy, RobustDataLoader
 from tests.support.datasets import Made, Numbers, Stream
 from tests.support.hostile import ReduceExits, Undecodable, UndecodableHere, Unpicklable, samples_of
 from tests.support.peek import pids
@@ -183,3 +184,51 @@ def test_a_stream_that_is_read_again_goes_on_behind_a_smaller_batch() -> None:
             for pid in pids(iterator):
                 kill(pid, signal.SIGKILL)
     assert delivered == [index for index in range(40) if index not in (5, 12, 13, 14, 15)]
+
+
+@pytest.mark.parametrize(
+    ("odd", "batch_size", "drop_last", "missing"),
+    [
+        ((3, 4), 1, False, (3, 4)),
+        ((3, 4), None, False, (3, 4)),
+        (tuple(range(1, 12)), 1, False, tuple(range(1, 12))),
+        (tuple(range(4, 16)), 4, False, tuple(range(4, 16))),
+        ((5, 9, 13), 4, True, tuple(range(4, 16))),
+    ],
+)
+def test_batches_of_a_stream_in_a_row(
+    odd: tuple[int, ...], batch_size: int | None, drop_last: bool, missing: tuple[int, ...]
+) -> None:
+    """None of which can be pickled: whatever follows them comes."""
+    loader = RobustDataLoader(
+        Odd(24, odd),
+        batch_size,
+        num_workers=1,
+        drop_last=drop_last,
+        collate_fn=list if batch_size else same,
+        faults=FaultPolicy(action="skip", burst=100),
+    )
+    batches = [samples_of(batch) if batch_size else [batch] for batch in loader]
+    assert [sample for batch in batches for sample in batch] == [index for index in range(24) if index not in missing]
+    assert [record.kind for record in loader.fault_log] == ["unpicklable"] * len(loader.fault_log)
+    assert len(loader.fault_log) == (3 if drop_last else len(odd))
+
+
+def same(sample: Any) -> Any:
+    return sample
+
+
+class AllOdd(Stream):
+    """Never ends, and nothing of it pickles."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(Unpicklable, itertools.count())
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_stream_of_nothing_that_can_be_pickled_ends(batch_size: int | None) -> None:
+    """The budget stops it."""
+    loader = RobustDataLoader(AllOdd(1), batch_size, num_workers=1, collate_fn=list if batch_size else same)
+    with pytest.raises(FaultBudgetError) as caught:
+        list(loader)
+    assert 16 < caught.value.faults < 1_000

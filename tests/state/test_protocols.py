@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.stateful import Stateful as TorchStateful
@@ -114,6 +116,40 @@ class Counted(Sampler[int]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.place = state["place"]
+
+
+class Counter(Counted):
+    """The numbers are NumPy's, by themselves or in pairs."""
+
+    def __init__(self, paired: bool) -> None:
+        super().__init__(40, 0)
+        self.paired = paired
+
+    def __iter__(self) -> Any:
+        for number in super().__iter__():
+            yield (np.int64(number), np.int64(0)) if self.paired else np.int64(number)
+
+
+class Pairs(Numbers):
+    """Takes indices of one or two numbers."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return int(index[0]) if isinstance(index, tuple) else int(index)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_indices_of_numpy_make_a_plain_state(tmp_path: Path, workers: int, paired: bool) -> None:
+    """``torch.load`` takes it as it is by default, and so does JSON."""
+    ours = RobustDataLoader(Pairs(40), 4, sampler=Counter(paired), num_workers=workers)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 5))
+    state = ours.state_dict()
+    assert json.loads(json.dumps(state))["spares"]
+    torch.save(state, tmp_path / "state.pt")
+    other = RobustDataLoader(Pairs(40), 4, sampler=Counter(paired), num_workers=workers)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert head + numbers(other) == list(range(40))
 
 
 @pytest.mark.parametrize(("state_bytes", "most"), [(0, 103), (40_000, 13), (10_000_000, 3)])

@@ -26,6 +26,7 @@ from robustloader import (
     RobustLoaderWarning,
     SampleError,
     StateError,
+    WorkerStartError,
 )
 from tests.support.datasets import Deadly, Death, Numbers, Raising, Random, Stream, damaged
 
@@ -735,6 +736,51 @@ def test_a_state_taken_before_the_next_batch(workers: int, steps: int) -> None:
         assert head + numbers(iterator) == whole
 
 
+class Mounted:
+    """Lets workers start once its file is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, worker: int) -> None:
+        if not self.path.exists():
+            raise OSError("not mounted yet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "later"),
+    [("shuffled", 1, 1), ("elastic", 2, 2), ("stream", 2, 2), ("stream", 2, 0)],
+)
+def test_a_beginning_that_fails_uses_nothing_up(tmp_path: Path, kind: str, before: int, later: int) -> None:
+    """``worker_init_fn`` raises out of ``iter()``: whoever tries again goes on with the state that was loaded."""
+    mounted = Mounted(tmp_path / "mounted")
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        dataset: Any = Stream(30) if kind == "stream" else Numbers(30)
+        sampler = ElasticDistributedSampler(dataset, 1, 0) if kind == "elastic" else None
+        shuffle = True if kind == "shuffled" else None
+        return RobustDataLoader(
+            dataset, 3, shuffle=shuffle, sampler=sampler, num_workers=workers, worker_init_fn=mounted
+        )
+
+    mounted.path.touch()
+    ours = make(before)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 4))
+    state = ours.state_dict()
+    other = make(later)
+    other.load_state_dict(state)
+    mounted.path.unlink()
+    for _ in range(2):
+        with pytest.raises((WorkerStartError, OSError), match="not mounted yet"):
+            iter(other)
+        assert other.state_dict() == state
+    mounted.path.touch()
+    assert numbers(other) == numbers(iterator)
+    assert len(head) == 12
+    assert sorted(numbers(other)) == list(range(30))
+
+
 def test_epochs_go_on_counting() -> None:
     """A resumed epoch has its number, and so has the next."""
     ours = RobustDataLoader(Numbers(9), 3)
@@ -774,12 +820,36 @@ def test_the_epoch_that_a_sampler_was_told_is_kept(kind: Any, told: int | None) 
     head = numbers(itertools.islice(iterator, 2))
     resumed = RobustDataLoader(Numbers(20), 3, sampler=kind(range(20), 2, 1))
     resumed.load_state_dict(data.state_dict())
-    if told is not None and kind is DistributedSampler:
+    if told is not None:
         resumed.sampler.set_epoch(told)
     rest = numbers(resumed)
     assert rest == numbers(iterator)
     assert len(head + rest) == 10
     assert resumed.sampler.epoch == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("taken", [2, 5])
+def test_an_elastic_sampler_told_other_epochs_is_where_it_was(taken: int, workers: int) -> None:
+    """There and back again, as a framework does that begins at 0: the epoch that goes on is still the saved one."""
+
+    def make() -> RobustDataLoader[Any]:
+        return RobustDataLoader(Numbers(30), 3, sampler=ElasticDistributedSampler(range(30), 2, 0), num_workers=workers)
+
+    ours = make()
+    ours.sampler.set_epoch(3)
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, taken))
+    state = ours.state_dict()
+    for told in ([0], [4], [0, 3]):
+        resumed = make()
+        resumed.load_state_dict(state)
+        for epoch in told:
+            resumed.sampler.set_epoch(epoch)
+        assert head + numbers(resumed) == numbers(ours)
+        resumed.sampler.set_epoch(4)
+        whole = numbers(resumed)
+        assert len(whole) == 15 and whole != head
 
 
 @pytest.mark.parametrize(("later", "workers"), [(1, 0), (6, 0), (16, 0), (6, 1)])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from robustloader import RobustDataLoader, StateError
 from robustloader.decisions.spares import SpareReservoir
@@ -48,6 +49,39 @@ def test_what_differs_is_named(name: str, other: dict[str, Any]) -> None:
         theirs.load_state_dict(loader().state_dict())
     assert set(caught.value.expected) == set(caught.value.found) == {name}
     assert len(list(theirs)) == len(theirs)
+
+
+def sampled(batch_size: int = 4, drop_last: bool = False, kind: Any = SequentialSampler) -> RobustDataLoader[Any]:
+    """A loader that is given torch's batch sampler."""
+    return RobustDataLoader(Numbers(11), batch_sampler=BatchSampler(kind(range(11)), batch_size, drop_last))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("batch_size", {"batch_size": 5}), ("drop_last", {"drop_last": True}), ("sampler", {"kind": RandomSampler})],
+)
+def test_what_differs_in_torchs_batch_sampler_is_named(name: str, other: dict[str, Any]) -> None:
+    """As where the loader made it, though there are as many batches of 5 as of 4."""
+    with pytest.raises(StateError, match=name) as caught:
+        sampled(**other).load_state_dict(sampled().state_dict())
+    assert set(caught.value.expected) == {name}
+
+
+def test_torchs_batch_sampler_may_be_given_or_made() -> None:
+    """It is the same one. A state from when states did not tell of one that was given is still good."""
+    ours = sampled()
+    iterator = iter(ours)
+    next(iterator)
+    state = ours.state_dict()
+    older = state | {"batch_size": None, "drop_last": False, "sampler": "SequentialSampler"}
+    made = RobustDataLoader(Numbers(11), 4)
+    for other, told in ((made, state), (sampled(), state), (sampled(), older)):
+        other.load_state_dict(told)
+        assert [batch.tolist() for batch in other] == [[4, 5, 6, 7], [8, 9, 10]]
+    with pytest.raises(StateError, match="sampler_length"):
+        sampled(batch_size=2).load_state_dict(older)
+    with pytest.raises(StateError, match="batch_size"):
+        sampled(batch_size=1).load_state_dict(RobustDataLoader(Numbers(11), None).state_dict())
 
 
 @pytest.mark.parametrize("state", [None, 3, {}, {"schema": 99}, {"schema": SCHEMA}, {"schema": "1"}])
