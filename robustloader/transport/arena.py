@@ -10,7 +10,8 @@ memory, it looks whether an extent has come back.
 
 **Forks.** A child forked while an extent is leased may be reading it for as long as it lives, unseen from here. So that
 extent is never used again (:func:`own_fork` excepts our own workers: theirs ends with them). Where such extents add up,
-the training process asks for a new arena; the old one's memory goes when the last process that maps it has gone.
+in the training process or in the worker, the worker begins a new arena; the old one's memory goes when the last process
+that maps it has gone. What is released late, of the old one, has another name than anything in the new one.
 
 **Memory.** In a control group with a memory limit, writing to a page is answered by the memory killer and not by an
 error, so the headroom is looked at before the arena grows, and what has lain idle for a while is given back.
@@ -43,9 +44,9 @@ PAYLOAD_BYTES = 32 * 1024
 _STEP_BYTES = 64 * 1024 * 1024  # how far the arena may grow between two looks at the headroom
 _LOOK_AGAIN_S = 1.0  # after growth was refused
 _IDLE_BATCHES = 128  # what no batch needed for so long is given back
-_WITHHELD_BYTES = 256 * 1024 * 1024
+_WITHHELD_BYTES = 256 * 1024 * 1024  # at most; of a small arena, a quarter
 _VIRTUAL_FACTOR = 4  # address space costs nothing, and room to spare makes up for fragments
-_VIRTUAL_BYTES = (1 << 30, 1 << 42)
+_VIRTUAL_BYTES = 1 << 42
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,16 @@ class ArenaLimits:
 
     max_bytes: int
     reserve_bytes: int
+
+
+def _virtual_bytes(max_bytes: int) -> int:
+    """How much address space an arena of at most ``max_bytes`` in memory gets."""
+    return min(_VIRTUAL_FACTOR * whole_pages(max_bytes), _VIRTUAL_BYTES)
+
+
+def _too_much_withheld(withheld: int, virtual_bytes: int) -> bool:
+    """Whether forked processes keep so much of an arena from use that it should be replaced."""
+    return withheld > min(_WITHHELD_BYTES, virtual_bytes // _VIRTUAL_FACTOR // 4)
 
 
 class Lease(weakref.ref[Any]):
@@ -140,9 +151,14 @@ def _mark_leases() -> None:
                 lease.tokens.append(token)
 
 
+def _forget_token() -> None:
+    """A worker spends its life inside the trainer's ``own_fork``; what it forks itself is no worker of ours."""
+    _forking.token = None
+
+
 # Before: what is open may end, and be used again, as soon as the child exists. After: another thread may have received
 # a batch between the first look and the fork.
-os.register_at_fork(before=_mark_leases, after_in_parent=_mark_leases)
+os.register_at_fork(before=_mark_leases, after_in_parent=_mark_leases, after_in_child=_forget_token)
 
 
 # --- the worker's side ------------------------------------------------------------------------------------------------
@@ -180,7 +196,9 @@ class Arena:
         self._unusable = False
         self.trouble = ""
         self._fd = -1
+        self._base = 0
         self._forget()
+        host.close_in_forked_children(self)
 
     def _forget(self) -> None:
         fd = self.take_descriptor()
@@ -189,6 +207,7 @@ class Arena:
         self._mapping: SharedMapping | None = None
         self._map = ExtentMap(0)
         self._leases = _Leases()
+        self._withheld = 0
         self._extents: dict[int, _Extent] = {}
         self._batches = 0
         self._idle = 1 << 62
@@ -222,15 +241,32 @@ class Arena:
         return Parcel(pickled, buffers, parcel.keep)
 
     def release(self, extents: Iterable[int]) -> None:
-        """The training process has done with these extents, known by their offsets, once each."""
-        for offset in extents:
-            extent = self._extents[offset]
-            extent.sent -= 1
-            self._free_unused(extent)
+        """The training process has done with these extents, once each. Those of an arena that was renewed meanwhile
+        are of no use any more."""
+        for name in extents:
+            if name >= self._base:
+                extent = self._extents[name - self._base]
+                extent.sent -= 1
+                self._free_unused(extent)
+
+    @property
+    def wasteful(self) -> bool:
+        """Whether so much was held back from use by processes forked here that a new arena should begin."""
+        return self._mapping is not None and _too_much_withheld(self._withheld, self._mapping.size)
 
     def renew(self) -> None:
-        """Begin a new arena with the next batch: too much of this one will never be released."""
+        """Begin a new arena with the next batch: too much of this one will never be released. Between two tasks only:
+        a frame finds all of its buffers in one arena."""
+        if self._mapping is not None:
+            self._drain()
+            self._cool(self._map.warm)
+            self._base += self._mapping.size
         self._forget()
+
+    def close(self) -> None:
+        """In a process forked from the worker: the arena is the worker's to fill."""
+        self._forget()
+        self._unusable = True
 
     def take_descriptor(self) -> int | None:
         """The descriptor of an arena that the training process has not been sent yet."""
@@ -258,13 +294,13 @@ class Arena:
             if extent is not None and extent.local and buffer.low + size <= extent.size:
                 found.add(start)
                 extent.sent += 1
-                return Placed(buffer.low, position, size, extent.offset)
+                return Placed(buffer.low, position, size, self._base + extent.offset)
         extent = self._allocate(size, local=False)
         if extent is None or self._mapping is None:
             return buffer
         self._mapping.write(extent.offset, buffer.memory)
         extent.sent += 1
-        return Placed(buffer.low, extent.offset, size, extent.offset)
+        return Placed(buffer.low, extent.offset, size, self._base + extent.offset)
 
     # --- memory
 
@@ -289,8 +325,7 @@ class Arena:
     def _open(self) -> bool:
         if self._unusable:
             return False
-        low, high = _VIRTUAL_BYTES
-        size = min(max(low, _VIRTUAL_FACTOR * self._limits.max_bytes), high)
+        size = _virtual_bytes(self._limits.max_bytes)
         try:
             self._mapping, self._fd = SharedMapping.create(size)
         except OSError as error:
@@ -347,10 +382,12 @@ class Arena:
     def _drain(self) -> None:
         if self._leases.ended:
             for lease in self._leases.take_ended():
-                if not lease.frozen:
-                    extent = self._extents[lease.extent]
-                    extent.local = False
-                    self._free_unused(extent)
+                if lease.frozen:
+                    self._withheld += lease.size
+                    continue
+                extent = self._extents[lease.extent]
+                extent.local = False
+                self._free_unused(extent)
 
     def _free_unused(self, extent: _Extent) -> None:
         if not extent.sent and not extent.local:
@@ -426,7 +463,7 @@ class ArenaReader:
     @property
     def wasteful(self) -> bool:
         """Whether so much is withheld that the worker should begin a new arena."""
-        return self.withheld > _WITHHELD_BYTES
+        return self._mapping is not None and _too_much_withheld(self.withheld, self._mapping.size)
 
     def close(self) -> None:
         """Let go of the arena; leased memory stays as long as it is leased."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from robustloader import RobustDataLoader, TelemetryPolicy, TransportDegraded
+from robustloader import MemoryPolicy, RobustDataLoader, TelemetryPolicy, TransportDegraded
 from robustloader.engine.pool import Pool
 from robustloader.system.torch_private import worker_processes
 from robustloader.transport.messages import Released
@@ -118,6 +118,94 @@ def test_another_loader_forked_while_batches_are_held() -> None:
                 valid: Any = kind(Numbered(24), batch_size=4, num_workers=2)
                 check(list(valid))
         check(kept)
+
+
+class Helped:
+    """A ``collate_fn`` that forks a helper for each batch. When the trainer is eight batches further, the helper looks
+    whether its batch is what it was (1: it is), and stacks others."""
+
+    def __init__(self, batches: int) -> None:
+        self.number = 0
+        self.shared: Any = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
+        self.said = self.shared[1 : 1 + batches]
+
+    def __call__(self, samples: list[Any]) -> Any:
+        number, self.number = self.number, self.number + 1
+        images, labels = default_collate(samples)
+        wanted = images.clone()
+        if os.fork():
+            return images, labels
+        try:
+            while self.shared[0] < number + 8:
+                time.sleep(0.001)
+            self.said[number] = 1 if torch.equal(images, wanted) else 2
+            default_collate([torch.full_like(sample[0], -1.0) for sample in samples])
+        finally:
+            os._exit(0)
+
+
+def test_a_process_that_a_worker_forked_looks_at_its_batch(transport: str) -> None:
+    """``collate_fn`` hands the batch to a process of its own: nobody overwrites it there, nor does that process
+    overwrite a later batch."""
+    helped = Helped(40)
+    loader = RobustDataLoader(
+        Numbered(160),
+        batch_size=4,
+        num_workers=1,
+        collate_fn=helped,
+        multiprocessing_context="fork",
+        persistent_workers=True,
+    )
+    kept = []
+    for number, batch in enumerate(loader):
+        helped.shared[0] = number
+        if number % 3 == 0:
+            kept.append((number, batch))
+        for begun, held in kept[-4:]:
+            check([held], start=begun)
+    helped.shared[0] = 1_000
+    while not all(helped.said):
+        time.sleep(0.001)
+    assert set(helped.said) == {1}
+
+
+def _fork_and_collate(samples: list[Any]) -> Any:
+    batch = default_collate(samples)
+    _fork_and_wait()
+    return batch
+
+
+def _fork_and_wait() -> None:
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(("where", "method"), [("worker", "fork"), ("worker", "spawn"), ("trainer", "fork")])
+def test_forks_do_not_fill_an_arena_for_good(where: str, method: str) -> None:
+    """Each batch is held while somebody forks, in an arena for twenty: no batch has to go through the socket."""
+    events: list[Any] = []
+
+    class Sink:
+        def receive(self, event: Any) -> None:
+            events.append(event)
+
+    one = 4 * 4 * 3 * 64 * 64
+    loader = RobustDataLoader(
+        Numbered(320),
+        batch_size=4,
+        num_workers=1,
+        collate_fn=_fork_and_collate if where == "worker" else None,
+        multiprocessing_context=method,
+        memory=MemoryPolicy(max_arena_bytes=20 * one),
+        telemetry=TelemetryPolicy(sinks=(Sink(),)),
+    )
+    for number, batch in enumerate(loader):
+        if where == "trainer":
+            _fork_and_wait()
+        check([batch], start=number)
+    assert [event for event in events if isinstance(event, TransportDegraded)] == []
 
 
 def test_saving_a_batch_saves_only_the_batch() -> None:

@@ -302,6 +302,87 @@ def test_a_new_arena_when_too_much_is_withheld(monkeypatch: pytest.MonkeyPatch, 
     assert int(fresh[5]) == 6
 
 
+def test_what_a_worker_of_ours_forks_is_none_of_ours() -> None:
+    """A forked worker runs inside its trainer's ``own_fork``: the forks of its own user code are strangers' still."""
+    with own_fork(ForkToken()):
+        pid = os.fork()
+        if not pid:
+            code = 255
+            try:
+                torch.set_num_threads(1)  # the parent's other threads are not here
+                ends = Ends()
+                stacked = ends.arena.empty((BIG,), torch.uint8)
+                assert stacked is not None
+                finish = fork_reader(stacked.fill_(5).numpy())
+                del stacked
+                for number in range(20):
+                    ends.carry(torch.full((BIG,), number, dtype=torch.uint8))
+                code = finish()
+            finally:
+                os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+
+
+def test_the_arena_is_not_filled_by_what_the_worker_forks(ends: Ends) -> None:
+    """A copy of the worker that stacks something gets memory of its own."""
+    stacked = ends.arena.empty((BIG,), torch.uint8)
+    assert stacked is not None
+    del stacked
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = int(ends.arena.empty((BIG,), torch.uint8) is not None)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert ends.arena.empty((BIG,), torch.uint8) is not None
+
+
+def test_a_worker_renews_what_its_own_forks_have_filled(ends: Ends) -> None:
+    """Forks in the worker keep a quarter of the arena from use: the next one begins. What is still released of the
+    former is not taken for the new one's."""
+    while not ends.arena.wasteful:
+        stacked = ends.arena.empty((10 * BIG,), torch.uint8)
+        assert stacked is not None
+        assert fork_reader(stacked.fill_(4).numpy())() == 4
+        del stacked
+        ends.carry(torch.zeros(BIG))
+    assert ends.arena._map.in_use < LIMITS.max_bytes / 2
+    kept = ends.carry(torch.full((BIG,), 3, dtype=torch.uint8))
+    former = ends.reader
+    ends.arena.renew()
+    fresh = [ends.carry(torch.full((BIG,), value, dtype=torch.uint8)) for value in range(3)]
+    assert former is not None and ends.reader is not former
+    assert int(kept[5]) == 3
+    del kept
+    released = former.take_released()
+    assert released
+    before = ends.in_use
+    ends.arena.release(released)
+    assert ends.in_use == before
+    assert [int(batch[5]) for batch in fresh] == [0, 1, 2]
+    fresh.clear()
+    assert ends.in_use == 0
+
+
+def test_of_a_small_arena_a_quarter_is_withheld_at_most() -> None:
+    """The trainer asks for a new one before what forked processes may look at has filled it."""
+    ends = Ends(ArenaLimits(max_bytes=40 * BIG, reserve_bytes=0))
+    reader = None
+    for number in range(11):
+        batch = ends.carry(torch.full((BIG,), number, dtype=torch.uint8))
+        reader = reader or ends.reader
+        assert reader is not None and ends.reader is reader
+        assert fork_reader(batch.numpy())() == number
+        assert not reader.wasteful
+        del batch
+    reader.take_released()
+    assert reader.wasteful
+    assert ends.arena.take_trouble() == ""
+    ends.arena.renew()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
