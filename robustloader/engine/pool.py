@@ -64,6 +64,7 @@ class Worker:
         except OSError:
             os.close(self.stacks_fd)
             raise
+        self._fork_token = self.channel.worker = ForkToken()
         self.process: Any = None
         self._pid: int | None = None
         self.pidfd: int | None = None
@@ -73,7 +74,6 @@ class Worker:
         self.killed_for = ""
         self.arena_lost = ""
         self.backlogged = False
-        self._fork_token = ForkToken()
         self.run = 0
         self.gone_ns = 0
         self.silent_s = 0.0
@@ -120,7 +120,8 @@ class Worker:
             self.page.hand_over()
 
     def close(self) -> None:
-        """Give back every descriptor. Closing the lifeline ends the process if it still lives."""
+        """Give back every descriptor. Closing the lifeline ends the process if it still lives. If it is known to have
+        ended, what nobody looks at of its arenas is given back as well."""
         self.channel.close()
         self.lifeline.close()
         if self.pidfd is not None:
@@ -129,6 +130,7 @@ class Worker:
         if self.stacks_fd >= 0:
             os.close(self.stacks_fd)
             self.stacks_fd = -1
+        self._fork_token.settle()
 
     def kill(self, reason: str = "") -> None:
         """SIGKILL to the worker and the processes it started."""

@@ -295,6 +295,34 @@ def shared_bytes(pid: int | str = "self") -> int:
     return total
 
 
+class Labelled(Numbered):
+    """With labels large enough for memory of their own."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full(SHAPE, float(index)), torch.full((512,), index)
+
+
+@pytest.mark.parametrize("kills", [False, True])
+def test_labels_of_each_epoch_hold_no_images(transport: str, kills: bool) -> None:
+    """With workers of its own in each epoch, or one that dies, a loader takes no more memory for each label kept."""
+    loader = RobustDataLoader(Labelled(96), batch_size=4, num_workers=2)
+    labels: list[Any] = []
+    for _ in range(6):
+        iterator = iter(loader)
+        for number, batch in enumerate(iterator):
+            if number < 4:
+                labels.append(batch[1])
+            if kills and number == 6:
+                os.kill(worker_processes(iterator)[0].pid, signal.SIGKILL)
+        del batch, iterator
+    list(RobustDataLoader(Labelled(8), batch_size=4, num_workers=1))  # whatever was let go of last
+    one, label = 4 * 4 * 3 * 64 * 64, 4 * 8 * 512
+    assert shared_bytes() <= len(labels) * (label + 4_096) + 8 * one
+    for number, held in enumerate(labels):
+        first = number % 4 * 4
+        assert torch.equal(held, torch.arange(first, first + 4).reshape(4, 1).expand(4, 512))
+
+
 def test_released_in_another_thread() -> None:
     """Whichever thread drops a batch, its memory comes back into use, and no batch changes meanwhile."""
     loader = RobustDataLoader(Numbered(400), batch_size=4, num_workers=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ class Ends:
     def __init__(self, limits: ArenaLimits = LIMITS) -> None:
         self.arena = Arena(limits)
         self.reader: ArenaReader | None = None
+        self.worker = ForkToken()
 
     def carry(self, value: Any) -> Any:
         """A batch through the arena, with everything released going back first, as a ``Fetch`` would bring it."""
@@ -42,7 +45,7 @@ class Ends:
         parcel = self.arena.place(codec.dumps(value))
         fd = self.arena.take_descriptor()
         if fd is not None:
-            self.reader = ArenaReader(fd)
+            self.reader = ArenaReader(fd, self.worker)
         blocks = [(buffer.low, self.block(buffer)) for buffer in parcel.buffers]
         pickled = parcel.pickled
         if isinstance(pickled, Placed):
@@ -55,6 +58,13 @@ class Ends:
             return torch.tensor(list(buffer.memory), dtype=torch.uint8)
         assert self.reader is not None
         return self.reader.lease(buffer)
+
+    def end(self) -> None:
+        """The worker's process has ended, and the training process has taken leave of it."""
+        assert self.reader is not None
+        self.worker.ended = True
+        self.reader.close()
+        self.worker.settle()
 
     @property
     def in_use(self) -> int:
@@ -454,6 +464,88 @@ def test_idle_memory_is_given_back(ends: Ends) -> None:
         ends.carry(torch.ones(BIG))
     assert resident(mapping) <= 3 * 4 * BIG + 40 * BIG
     assert bool((kept == 1).all())
+
+
+def test_labels_alone_do_not_hold_the_arena_of_a_worker_that_has_ended(ends: Ends) -> None:
+    """Of a worker's arena, what is still looked at stays; the rest is given back, some of it when it is let go of."""
+    batches = [ends.carry({"image": torch.ones(10 * BIG), "label": torch.full((2_000,), k)}) for k in range(6)]
+    mapping = ends.arena._mapping
+    assert mapping is not None
+    labels = [batch["label"] for batch in batches]
+    del batches[1:]
+    assert resident(mapping) >= 6 * 40 * BIG
+    ends.end()
+    assert resident(mapping) <= 40 * BIG + 7 * 16_000 + 8 * 4_096
+    assert bool((batches[0]["image"] == 1).all())
+    batches.clear()
+    Ends().carry(torch.ones(BIG))  # whichever worker begins or ends next
+    assert resident(mapping) <= 6 * (16_000 + 2 * 4_096)
+    assert [int(label[5]) for label in labels] == list(range(6))
+    assert [int(label.sum()) for label in labels] == [2_000 * k for k in range(6)]
+
+
+def test_a_worker_that_lives_keeps_its_memory(ends: Ends) -> None:
+    """A worker that was asked to leave may still look at what it made."""
+    stacked = ends.arena.empty((BIG,), torch.uint8)
+    assert stacked is not None
+    kept = ends.carry(torch.ones(BIG))
+    stacked.fill_(7)
+    assert ends.reader is not None
+    ends.reader.close()
+    Ends().carry(torch.ones(BIG))
+    assert bool((stacked == 7).all() and (kept == 1).all())
+    ends.end()
+    assert not stacked.any() and bool((kept == 1).all())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_forked_process_may_look_at_outlives_its_worker(ends: Ends, own: bool) -> None:
+    """A process that was forked while a batch was held sees that batch, although its worker has ended since."""
+    token = ForkToken()
+    label = ends.carry(torch.full((BIG,), 3, dtype=torch.uint8))
+    batch, other = (ends.carry(torch.full((10 * BIG,), 5, dtype=torch.uint8)) for _ in range(2))
+    with own_fork(token) if own else contextlib.nullcontext():
+        finish = fork_reader(batch.numpy())
+    mapping = ends.arena._mapping
+    assert mapping is not None
+    fresh = ends.carry(torch.full((10 * BIG,), 6, dtype=torch.uint8))
+    assert resident(mapping) >= 31 * BIG
+    del batch, other, fresh
+    ends.end()
+    assert 21 * BIG <= resident(mapping) <= 21 * BIG + 4 * 4_096
+    assert finish() == 5
+    token.ended = True
+    ForkToken().settle()
+    assert (resident(mapping) < 2 * BIG) == own
+    assert bool((label == 3).all())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_the_worker_has_forked_outlives_it(ends: Ends, kept: bool) -> None:
+    """A process that user code forked in the worker sees what it saw, although the worker has ended. So does one that
+    was forked after the worker had begun another arena."""
+    stacked = ends.arena.empty((BIG,), torch.uint8)
+    assert stacked is not None
+    label = ends.carry(torch.ones(BIG))
+    if kept:
+        ends.arena.renew()
+    finish = fork_reader(stacked.fill_(5).numpy())
+    del stacked
+    ends.end()
+    assert finish() == 5
+    assert bool((label == 1).all())
+
+
+def test_pages_of_the_system_that_are_larger_than_extents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only whole pages are given back, and what shares one with something else stays."""
+    mapping, fd = SharedMapping.create(1 << 20)
+    os.close(fd)
+    monkeypatch.setattr(mmap, "PAGESIZE", 65_536)
+    mapping.write(0, b"x" * (1 << 20))
+    mapping.give_back(65_536, 4_096)
+    mapping.give_back(5 * 65_536 - 4_096, 2 * 65_536)
+    data = bytes(mapping.slice(0, 1 << 20))
+    assert data.count(0) == 65_536 and data.index(0) == 5 * 65_536
 
 
 def test_labels_alone_do_not_hold_images(ends: Ends) -> None:
