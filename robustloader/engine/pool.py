@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -88,8 +88,13 @@ class Worker:
         """Process id; None before the start."""
         return self._pid
 
-    def start(self, context: Any, make_setup: Callable[..., Setup], **details: Any) -> None:
-        """Start the process. May block for as long as pickling and a spawned interpreter's start take."""
+    def start(
+        self, context: Any, make_setup: Callable[..., Setup], *, unseen: Collection[int] = (), **details: Any
+    ) -> None:
+        """Start the process. May block for as long as pickling and a spawned interpreter's start take.
+
+        ``unseen``: where batches lie that were not handed out yet, at which a forked worker will not look.
+        """
         self.run = details["run"]
         try:
             setup = make_setup(
@@ -104,7 +109,7 @@ class Worker:
             process = context.Process(target=run_worker, args=(setup,))
             process.daemon = True
             _want_descriptors()
-            with own_fork(self._fork_token), host.signals_held(context.get_start_method()):
+            with own_fork(self._fork_token, unseen), host.signals_held(context.get_start_method()):
                 process.start()
                 self.process, self._pid = process, process.pid
             self.pidfd = host.open_pidfd(process.pid)

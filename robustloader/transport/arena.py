@@ -26,11 +26,12 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from robustloader.decisions.extents import PAGE, ExtentMap, whole_pages
@@ -38,7 +39,7 @@ from robustloader.system import host
 from robustloader.system.mapping import Remnant, SharedMapping
 from robustloader.transport.codec import INLINE_BYTES, Buffer, Parcel, Placed
 
-__all__ = ["Arena", "ArenaLimits", "ArenaReader", "ForkToken", "own_fork"]
+__all__ = ["Arena", "ArenaLimits", "ArenaReader", "ForkToken", "own_fork", "unseen_memory"]
 
 PAYLOAD_BYTES = 32 * 1024
 """Pickles from this size on go through the arena too: a socket takes about 200 KB before its reader must come."""
@@ -100,10 +101,12 @@ class _Leases:
 
     Args:
         mark: the worker's side: called when a process may come to look that nobody will know of.
+        address: the training process's side: where the arena lies in its memory.
     """
 
-    def __init__(self, mark: Callable[[], None] | None = None) -> None:
+    def __init__(self, mark: Callable[[], None] | None = None, address: int = 0) -> None:
         self.mark = mark
+        self.address = address
         self.ended: deque[Lease] = deque()
         self.open: dict[int, Lease] = {}  # by id: a weak reference is only as hashable as what it refers to
         _all_leases.add(self)
@@ -150,22 +153,58 @@ class ForkToken:
 
 
 _forking = threading.local()
+_VALUES = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
 @contextlib.contextmanager
-def own_fork(token: ForkToken) -> Iterator[None]:
-    """A process forked in here by this thread is ``token``'s worker, and looks at nothing after ``token.ended``."""
-    _forking.token = token
+def own_fork(token: ForkToken, unseen: Collection[int] = ()) -> Iterator[None]:
+    """A process forked in here by this thread is ``token``'s worker, and looks at nothing after ``token.ended``, nor at
+    anything at the addresses in ``unseen``."""
+    _forking.token, _forking.unseen = token, unseen
     try:
         yield
     finally:
-        _forking.token = None
+        _forking.token, _forking.unseen = None, ()
+
+
+def unseen_memory(batch: Any) -> set[int]:
+    """Where the memory of a batch that was not handed out yet begins, tensor by tensor: no user code has seen it.
+
+    A class of the user's may have, while the batch was unpickled: none then, of the whole batch.
+    """
+    addresses: set[int] = set()
+    items, known = [batch], {id(batch)}
+    while items:
+        item = items.pop()
+        kind = type(item)
+        inner: list[Any] = []
+        if kind is torch.Tensor and item.layout is torch.strided and item.is_cpu:
+            addresses.add(item.untyped_storage().data_ptr())
+        elif kind is np.ndarray and not item.dtype.hasobject:
+            addresses.add(item.__array_interface__["data"][0])
+        elif kind is dict:
+            inner = [*item, *item.values()]
+        elif kind is list or kind is tuple:
+            inner = [*item]
+        elif kind not in _VALUES:
+            return set()
+        for one in inner:
+            if id(one) not in known:
+                known.add(id(one))
+                items.append(one)
+    return addresses
 
 
 def _mark_leases() -> None:
     token: ForkToken | None = getattr(_forking, "token", None)
+    unseen: Collection[int] = getattr(_forking, "unseen", ())
     for leases in list(_all_leases):
-        for lease in leases.looking():  # not those that ended before the fork, and were not yet taken note of
+        looking = leases.looking()  # not those that ended before the fork, and were not yet taken note of
+        times = Counter(lease.position for lease in looking) if unseen and leases.address else {}
+        for lease in looking:
+            # What was sent twice may have been handed out once.
+            if times.get(lease.position) == 1 and leases.address + lease.position in unseen:
+                continue
             if token is None or leases.mark is not None:
                 lease.frozen = True
                 if leases.mark is not None:
@@ -451,7 +490,7 @@ class ArenaReader:
         self._end = self._mapping.size - _MARK_BYTES
         self._worker = worker
         self._owner = os.getpid()
-        self._leases = _Leases()
+        self._leases = _Leases(address=self._mapping.address)
         self._waiting: list[Lease] = []
         self._frozen: list[Lease] = []
         self._given_back = False

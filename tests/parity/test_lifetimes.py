@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from robustloader import MemoryPolicy, RobustDataLoader, TelemetryPolicy, TransportDegraded
+from robustloader import (
+    MemoryPolicy,
+    RecoveryPolicy,
+    RobustDataLoader,
+    TelemetryPolicy,
+    TransportDegraded,
+    WorkerRestarted,
+)
 from robustloader.engine.pool import Pool
 from robustloader.system.torch_private import worker_processes
 from robustloader.transport.messages import Released
@@ -293,6 +300,56 @@ def shared_bytes(pid: int | str = "self") -> int:
             elif inside and line.startswith("Rss:"):
                 total += int(line.split()[1]) * 1024
     return total
+
+
+class Remembering(Numbered):
+    """The trainer may let it keep a batch; each sample says whether that is still what it was."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.kept: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        intact = self.kept is None or all(bool((self.kept[0] == value).all()) for value in self.kept[0][0, 0, 0, :1])
+        return torch.full(SHAPE, float(index)), index, intact
+
+
+def test_workers_that_come_and_go_do_not_fill_the_arenas(transport: str) -> None:
+    """A worker that is started in the middle of an epoch holds up what the trainer has in hand, for the dataset may
+    have it too, and not the whole lookahead: arenas for half as much again last."""
+    events: list[Any] = []
+
+    class Sink:
+        def receive(self, event: Any) -> None:
+            events.append(event)
+
+    one = 4 * 4 * 3 * 64 * 64
+    dataset = Remembering(4 * 240)
+    loader = RobustDataLoader(
+        dataset,
+        batch_size=4,
+        num_workers=2,
+        prefetch_factor=6,
+        multiprocessing_context="fork",
+        recovery=RecoveryPolicy(max_restarts=100),
+        memory=MemoryPolicy(max_arena_bytes=2 * 18 * one),
+        telemetry=TelemetryPolicy(sinks=(Sink(),)),
+    )
+    iterator = iter(loader)
+    number = 0
+    for images, labels, intact in iterator:
+        check([(images, labels)], start=number)
+        assert all(intact)
+        number += 1
+        if number % 20 == 10 and number < 200:
+            time.sleep(0.1)
+            dataset.kept = [images]
+            os.kill(worker_processes(iterator)[number // 20 % 2].pid, signal.SIGKILL)
+        elif number % 20 == 0:
+            dataset.kept = None
+    assert number == 240
+    assert sum(isinstance(event, WorkerRestarted) for event in events) == 10
+    assert [event for event in events if isinstance(event, TransportDegraded)] == []
 
 
 class Labelled(Numbered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 import mmap
@@ -17,11 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robustloader.decisions.extents import whole_pages
 from robustloader.system import host
 from robustloader.system.mapping import SharedMapping
 from robustloader.transport import arena as arena_module
 from robustloader.transport import codec
-from robustloader.transport.arena import Arena, ArenaLimits, ArenaReader, ForkToken, own_fork
+from robustloader.transport.arena import Arena, ArenaLimits, ArenaReader, ForkToken, own_fork, unseen_memory
 from robustloader.transport.codec import Buffer, Parcel, Placed
 from tests.support.parity_run import fingerprint
 from tests.unit.test_codec import _as_after_a_pickle, nested
@@ -275,6 +277,43 @@ def test_our_own_worker_holds_extents_back_until_its_end(ends: Ends) -> None:
     token.ended = True
     assert ends.in_use == 0
     assert ends.reader is not None and ends.reader.withheld == 0
+
+
+def test_our_own_worker_does_not_hold_up_what_it_cannot_see(ends: Ends) -> None:
+    """Batches that nobody was handed yet are used again while a worker lives that was forked meanwhile; what was sent
+    once more, and seen, is not."""
+    token = ForkToken()
+    again = ends.arena.empty((BIG,), torch.uint8)
+    assert again is not None
+    waiting = [{"x": ends.carry(torch.ones(BIG)), "y": [ends.carry(np.ones(BIG)), "name", 3]}, ends.carry(again)]
+    held, seen = ends.carry(torch.ones(BIG)), ends.carry(again.fill_(5))
+    del again
+    with own_fork(token, set.union(*map(unseen_memory, waiting))):
+        finish = fork_reader(seen.numpy())
+    in_use = ends.in_use
+    waiting.clear()
+    assert in_use - ends.in_use == whole_pages(4 * BIG) + whole_pages(8 * BIG)
+    del held, seen
+    for number in range(20):
+        ends.carry(torch.full((BIG,), number, dtype=torch.uint8))
+    assert ends.in_use >= whole_pages(BIG) + whole_pages(4 * BIG)
+    assert finish() == 5
+    token.ended = True
+    assert ends.in_use == 0
+
+
+@dataclasses.dataclass
+class Own:
+    tensor: Any
+
+
+@pytest.mark.parametrize("wrap", [Own, lambda t: [{"a": (Own(t), t)}], lambda t: np.array([t, None], dtype=object)])
+def test_a_class_of_the_users_may_have_seen_a_batch(wrap: Callable[[Any], Any]) -> None:
+    """Unpickling runs its code: what lies in such a batch counts as seen, all of it."""
+    tensor, loop = torch.ones(BIG), [1, None]
+    loop[1] = loop
+    assert unseen_memory(wrap(tensor)) == set()
+    assert unseen_memory([{"a": (tensor, b"x", loop)}, tensor[5:]]) == {tensor.untyped_storage().data_ptr()}
 
 
 def test_a_fork_in_the_worker_holds_its_tensors_back(ends: Ends) -> None:
