@@ -41,6 +41,7 @@ from robustloader.errors import ResourceError, SampleError, WorkerStartError
 from robustloader.events import BatchInfo, TaskReplayed, TransportDegraded
 from robustloader.system import host, torch_private
 from robustloader.telemetry import EpochRecording
+from robustloader.transport.arena import unseen_memory
 from robustloader.transport.channel import Frame
 from robustloader.transport.messages import (
     Exhausted,
@@ -300,7 +301,17 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             "rng": slot.rng,
             "arena": self._arena,
             "num_workers": max(self.num_workers, slot.worker_id + 1),
+            "unseen": self._unseen(),
         }
+
+    def _unseen(self) -> set[int]:
+        """Where batches lie that were not handed out yet. A worker forked now does not hold up their memory."""
+        addresses: set[int] = set()
+        if self._pool.start_method == "fork":
+            for task in self._books.ledger:
+                if task.result is not None:
+                    addresses |= unseen_memory(task.result.batch)
+        return addresses
 
     def _start_workers(self, startable: int, shortage: ResourceError | None) -> None:
         """Start ``startable`` processes; with a ``shortage`` these are not all."""

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ class Worker:
         except OSError:
             os.close(self.stacks_fd)
             raise
+        self._fork_token = self.channel.worker = ForkToken()
         self.process: Any = None
         self._pid: int | None = None
         self.pidfd: int | None = None
@@ -73,7 +74,6 @@ class Worker:
         self.killed_for = ""
         self.arena_lost = ""
         self.backlogged = False
-        self._fork_token = ForkToken()
         self.run = 0
         self.gone_ns = 0
         self.silent_s = 0.0
@@ -88,8 +88,13 @@ class Worker:
         """Process id; None before the start."""
         return self._pid
 
-    def start(self, context: Any, make_setup: Callable[..., Setup], **details: Any) -> None:
-        """Start the process. May block for as long as pickling and a spawned interpreter's start take."""
+    def start(
+        self, context: Any, make_setup: Callable[..., Setup], *, unseen: Collection[int] = (), **details: Any
+    ) -> None:
+        """Start the process. May block for as long as pickling and a spawned interpreter's start take.
+
+        ``unseen``: where batches lie that were not handed out yet, at which a forked worker will not look.
+        """
         self.run = details["run"]
         try:
             setup = make_setup(
@@ -104,7 +109,7 @@ class Worker:
             process = context.Process(target=run_worker, args=(setup,))
             process.daemon = True
             _want_descriptors()
-            with own_fork(self._fork_token), host.signals_held(context.get_start_method()):
+            with own_fork(self._fork_token, unseen), host.signals_held(context.get_start_method()):
                 process.start()
                 self.process, self._pid = process, process.pid
             self.pidfd = host.open_pidfd(process.pid)
@@ -120,7 +125,8 @@ class Worker:
             self.page.hand_over()
 
     def close(self) -> None:
-        """Give back every descriptor. Closing the lifeline ends the process if it still lives."""
+        """Give back every descriptor. Closing the lifeline ends the process if it still lives. If it is known to have
+        ended, what nobody looks at of its arenas is given back as well."""
         self.channel.close()
         self.lifeline.close()
         if self.pidfd is not None:
@@ -129,6 +135,7 @@ class Worker:
         if self.stacks_fd >= 0:
             os.close(self.stacks_fd)
             self.stacks_fd = -1
+        self._fork_token.settle()
 
     def kill(self, reason: str = "") -> None:
         """SIGKILL to the worker and the processes it started."""

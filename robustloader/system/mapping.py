@@ -12,7 +12,7 @@ import os
 import weakref
 from typing import Any
 
-__all__ = ["SharedMapping"]
+__all__ = ["Remnant", "SharedMapping"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -85,8 +85,40 @@ class SharedMapping:
         self._bytes[offset : offset + len(data)] = data
 
     def give_back(self, offset: int, size: int) -> None:
-        """Free the memory behind whole pages; they read as zero from now on, in every process.
+        """Free the memory of the whole pages in there; they read as zero from now on, in every process."""
+        _remove(self.address, offset, size)
 
-        *Source*: madvise(2), MADV_REMOVE.
-        """
-        _libc.madvise(self.address + offset, size, _MADV_REMOVE)
+
+class Remnant:
+    """A mapping seen from aside: it goes, as ever, with the last object that looks at it."""
+
+    def __init__(self, mapping: SharedMapping) -> None:
+        self._address = mapping.address
+        self._memory = weakref.ref(mapping._memory)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing looks at it any more."""
+        return self._memory() is None
+
+    def byte(self, offset: int) -> int:
+        """What stands there; 0 where the mapping has gone."""
+        memory = self._memory()
+        return int(memory[offset]) if memory is not None else 0
+
+    def give_back(self, offset: int, size: int) -> None:
+        """As :meth:`SharedMapping.give_back`, while the mapping is there."""
+        memory = self._memory()  # held meanwhile: something else might be mapped at this address
+        if memory is not None:
+            _remove(self._address, offset, size)
+
+
+def _remove(address: int, offset: int, size: int) -> None:
+    """The kernel rounds a length up to its own pages, which may be larger than an extent's: what lies next must stay.
+
+    *Source*: madvise(2), MADV_REMOVE; mm/madvise.c.
+    """
+    low = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    high = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if high > low:
+        _libc.madvise(address + low, high - low, _MADV_REMOVE)

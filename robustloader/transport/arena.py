@@ -10,32 +10,36 @@ memory, it looks whether an extent has come back.
 
 **Forks.** A child forked while an extent is leased may be reading it for as long as it lives, unseen from here. So that
 extent is never used again (:func:`own_fork` excepts our own workers: theirs ends with them). Where such extents add up,
-the training process asks for a new arena; the old one's memory goes when the last process that maps it has gone.
+in the training process or in the worker, the worker begins a new arena; the old one's memory goes when the last process
+that maps it has gone. What is released late, of the old one, has another name than anything in the new one.
 
 **Memory.** In a control group with a memory limit, writing to a page is answered by the memory killer and not by an
-error, so the headroom is looked at before the arena grows, and what has lain idle for a while is given back.
+error, so the headroom is looked at before the arena grows, and what has lain idle for a while is given back; so is,
+when the worker has ended, all that nobody looks at.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from robustloader.decisions.extents import ExtentMap, whole_pages
+from robustloader.decisions.extents import PAGE, ExtentMap, whole_pages
 from robustloader.system import host
-from robustloader.system.mapping import SharedMapping
+from robustloader.system.mapping import Remnant, SharedMapping
 from robustloader.transport.codec import INLINE_BYTES, Buffer, Parcel, Placed
 
-__all__ = ["Arena", "ArenaLimits", "ArenaReader", "ForkToken", "own_fork"]
+__all__ = ["Arena", "ArenaLimits", "ArenaReader", "ForkToken", "own_fork", "unseen_memory"]
 
 PAYLOAD_BYTES = 32 * 1024
 """Pickles from this size on go through the arena too: a socket takes about 200 KB before its reader must come."""
@@ -43,9 +47,10 @@ PAYLOAD_BYTES = 32 * 1024
 _STEP_BYTES = 64 * 1024 * 1024  # how far the arena may grow between two looks at the headroom
 _LOOK_AGAIN_S = 1.0  # after growth was refused
 _IDLE_BATCHES = 128  # what no batch needed for so long is given back
-_WITHHELD_BYTES = 256 * 1024 * 1024
+_WITHHELD_BYTES = 256 * 1024 * 1024  # at most; of a small arena, a quarter
 _VIRTUAL_FACTOR = 4  # address space costs nothing, and room to spare makes up for fragments
-_VIRTUAL_BYTES = (1 << 30, 1 << 42)
+_VIRTUAL_BYTES = 1 << 42
+_MARK_BYTES = PAGE  # the last page is no extent's: its first byte says that unknown processes may look at the worker's
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +66,59 @@ class ArenaLimits:
     reserve_bytes: int
 
 
+def _virtual_bytes(max_bytes: int) -> int:
+    """How much address space an arena of at most ``max_bytes`` in memory gets."""
+    return min(_VIRTUAL_FACTOR * whole_pages(max_bytes), _VIRTUAL_BYTES)
+
+
+def _too_much_withheld(withheld: int, virtual_bytes: int) -> bool:
+    """Whether forked processes keep so much of an arena from use that it should be replaced."""
+    return withheld > min(_WITHHELD_BYTES, virtual_bytes // _VIRTUAL_FACTOR // 4)
+
+
 class Lease(weakref.ref[Any]):
     """A weak reference to what looks at an extent; ends with it.
 
     Attributes:
-        extent: the extent's offset in the arena.
+        extent: the extent's name, which is its offset for the worker.
+        position: where in the arena what is looked at begins.
         size: bytes that are looked at.
         frozen: a process was forked meanwhile that may look as well, for as long as it likes.
         tokens: our own workers forked meanwhile.
     """
 
-    __slots__ = ("extent", "frozen", "size", "tokens")
+    __slots__ = ("extent", "frozen", "position", "size", "tokens")
 
     extent: int
+    position: int
     size: int
     frozen: bool
     tokens: list[ForkToken] | None
 
 
 class _Leases:
-    """The leases of one process on one arena. Leases end in any thread, at any bytecode: that only fills a deque."""
+    """The leases of one process on one arena. Leases end in any thread, at any bytecode: that only fills a deque.
 
-    def __init__(self) -> None:
+    Args:
+        mark: the worker's side: called when a process may come to look that nobody will know of.
+        address: the training process's side: where the arena lies in its memory.
+    """
+
+    def __init__(self, mark: Callable[[], None] | None = None, address: int = 0) -> None:
+        self.mark = mark
+        self.address = address
         self.ended: deque[Lease] = deque()
         self.open: dict[int, Lease] = {}  # by id: a weak reference is only as hashable as what it refers to
         _all_leases.add(self)
 
-    def add(self, target: Any, extent: int, size: int) -> None:
+    def add(self, target: Any, extent: int, position: int, size: int) -> None:
         lease = Lease(target, self.ended.append)
-        lease.extent, lease.size, lease.frozen, lease.tokens = extent, size, False, None
+        lease.extent, lease.position, lease.size, lease.frozen, lease.tokens = extent, position, size, False, None
         self.open[id(lease)] = lease
+
+    def looking(self) -> list[Lease]:
+        """Those that have not ended."""
+        return [lease for lease in list(self.open.values()) if lease() is not None]
 
     def take_ended(self) -> list[Lease]:
         taken = []
@@ -105,44 +133,100 @@ _all_leases: weakref.WeakSet[_Leases] = weakref.WeakSet()
 
 
 class ForkToken:
-    """Stands for one of our own workers while it may look at what it inherited."""
+    """Stands for one of our own workers: while it may look at what it inherited, and at its own arena.
 
-    __slots__ = ("ended",)
+    Attributes:
+        ended: its process has ended.
+        settled: no more will be heard of it, whether that was learnt or not.
+    """
+
+    __slots__ = ("ended", "settled")
 
     def __init__(self) -> None:
         self.ended = False
+        self.settled = False
+
+    def settle(self) -> None:
+        """The training process has taken leave of the worker; its arenas are closed."""
+        self.settled = True
+        _sweep()
 
 
 _forking = threading.local()
+_VALUES = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
 @contextlib.contextmanager
-def own_fork(token: ForkToken) -> Iterator[None]:
-    """A process forked in here by this thread is ``token``'s worker, and looks at nothing after ``token.ended``."""
-    _forking.token = token
+def own_fork(token: ForkToken, unseen: Collection[int] = ()) -> Iterator[None]:
+    """A process forked in here by this thread is ``token``'s worker, and looks at nothing after ``token.ended``, nor at
+    anything at the addresses in ``unseen``."""
+    _forking.token, _forking.unseen = token, unseen
     try:
         yield
     finally:
-        _forking.token = None
+        _forking.token, _forking.unseen = None, ()
+
+
+def unseen_memory(batch: Any) -> set[int]:
+    """Where the memory of a batch that was not handed out yet begins, tensor by tensor: no user code has seen it.
+
+    A class of the user's may have, while the batch was unpickled: none then, of the whole batch.
+    """
+    addresses: set[int] = set()
+    items, known = [batch], {id(batch)}
+    while items:
+        item = items.pop()
+        kind = type(item)
+        inner: list[Any] = []
+        if kind is torch.Tensor and item.layout is torch.strided and item.is_cpu:
+            addresses.add(item.untyped_storage().data_ptr())
+        elif kind is np.ndarray and not item.dtype.hasobject:
+            addresses.add(item.__array_interface__["data"][0])
+        elif kind is dict:
+            inner = [*item, *item.values()]
+        elif kind is list or kind is tuple:
+            inner = [*item]
+        elif kind not in _VALUES:
+            return set()
+        for one in inner:
+            if id(one) not in known:
+                known.add(id(one))
+                items.append(one)
+    return addresses
 
 
 def _mark_leases() -> None:
     token: ForkToken | None = getattr(_forking, "token", None)
+    unseen: Collection[int] = getattr(_forking, "unseen", ())
     for leases in list(_all_leases):
-        for lease in list(leases.open.values()):
-            if lease() is None:
-                continue  # ended before the fork, and not yet taken note of
-            if token is None:
+        looking = leases.looking()  # not those that ended before the fork, and were not yet taken note of
+        times = Counter(lease.position for lease in looking) if unseen and leases.address else {}
+        for lease in looking:
+            # What was sent twice may have been handed out once.
+            if times.get(lease.position) == 1 and leases.address + lease.position in unseen:
+                continue
+            if token is None or leases.mark is not None:
                 lease.frozen = True
+                if leases.mark is not None:
+                    leases.mark()
             elif lease.tokens is None:
                 lease.tokens = [token]
             elif lease.tokens[-1] is not token:
                 lease.tokens.append(token)
 
 
+def _begin_child() -> None:
+    """A worker spends its life inside the trainer's ``own_fork``; what it forks itself is no worker of ours. And what
+    becomes of the arenas that the trainer has left is the trainer's business."""
+    global _sweeping
+    _forking.token = None
+    _left.clear()
+    _sweeping = threading.Lock()
+
+
 # Before: what is open may end, and be used again, as soon as the child exists. After: another thread may have received
 # a batch between the first look and the fork.
-os.register_at_fork(before=_mark_leases, after_in_parent=_mark_leases)
+os.register_at_fork(before=_mark_leases, after_in_parent=_mark_leases, after_in_child=_begin_child)
 
 
 # --- the worker's side ------------------------------------------------------------------------------------------------
@@ -180,15 +264,21 @@ class Arena:
         self._unusable = False
         self.trouble = ""
         self._fd = -1
+        self._base = 0
+        self._leases = _Leases()
         self._forget()
+        host.close_in_forked_children(self)
 
     def _forget(self) -> None:
         fd = self.take_descriptor()
         if fd is not None:
             os.close(fd)
+        if self._leases.mark is not None and self._leases.looking():  # later forks will not be taken note of
+            self._leases.mark()
         self._mapping: SharedMapping | None = None
         self._map = ExtentMap(0)
         self._leases = _Leases()
+        self._withheld = 0
         self._extents: dict[int, _Extent] = {}
         self._batches = 0
         self._idle = 1 << 62
@@ -204,7 +294,7 @@ class Arena:
         if extent is None or self._mapping is None:
             return None
         view = self._mapping.slice(extent.offset, nbytes)
-        self._leases.add(view, extent.offset, nbytes)
+        self._leases.add(view, extent.offset, extent.offset, nbytes)
         return torch.frombuffer(view, dtype=dtype).resize_(shape)  # view() would make it one in autograd's eyes
 
     def place(self, parcel: Parcel) -> Parcel:
@@ -222,15 +312,32 @@ class Arena:
         return Parcel(pickled, buffers, parcel.keep)
 
     def release(self, extents: Iterable[int]) -> None:
-        """The training process has done with these extents, known by their offsets, once each."""
-        for offset in extents:
-            extent = self._extents[offset]
-            extent.sent -= 1
-            self._free_unused(extent)
+        """The training process has done with these extents, once each. Those of an arena that was renewed meanwhile
+        are of no use any more."""
+        for name in extents:
+            if name >= self._base:
+                extent = self._extents[name - self._base]
+                extent.sent -= 1
+                self._free_unused(extent)
+
+    @property
+    def wasteful(self) -> bool:
+        """Whether so much was held back from use by processes forked here that a new arena should begin."""
+        return self._mapping is not None and _too_much_withheld(self._withheld, self._mapping.size)
 
     def renew(self) -> None:
-        """Begin a new arena with the next batch: too much of this one will never be released."""
+        """Begin a new arena with the next batch: too much of this one will never be released. Between two tasks only:
+        a frame finds all of its buffers in one arena."""
+        if self._mapping is not None:
+            self._drain()
+            self._cool(self._map.warm)
+            self._base += self._mapping.size
         self._forget()
+
+    def close(self) -> None:
+        """In a process forked from the worker: the arena is the worker's to fill."""
+        self._forget()
+        self._unusable = True
 
     def take_descriptor(self) -> int | None:
         """The descriptor of an arena that the training process has not been sent yet."""
@@ -258,13 +365,13 @@ class Arena:
             if extent is not None and extent.local and buffer.low + size <= extent.size:
                 found.add(start)
                 extent.sent += 1
-                return Placed(buffer.low, position, size, extent.offset)
+                return Placed(buffer.low, position, size, self._base + extent.offset)
         extent = self._allocate(size, local=False)
         if extent is None or self._mapping is None:
             return buffer
         self._mapping.write(extent.offset, buffer.memory)
         extent.sent += 1
-        return Placed(buffer.low, extent.offset, size, extent.offset)
+        return Placed(buffer.low, extent.offset, size, self._base + extent.offset)
 
     # --- memory
 
@@ -289,15 +396,15 @@ class Arena:
     def _open(self) -> bool:
         if self._unusable:
             return False
-        low, high = _VIRTUAL_BYTES
-        size = min(max(low, _VIRTUAL_FACTOR * self._limits.max_bytes), high)
+        size = _virtual_bytes(self._limits.max_bytes)
         try:
-            self._mapping, self._fd = SharedMapping.create(size)
+            self._mapping, self._fd = SharedMapping.create(size + _MARK_BYTES)
         except OSError as error:
             self._unusable = True
             self.trouble = str(error)
             return False
         self._map = ExtentMap(size)
+        self._leases = _Leases(functools.partial(self._mapping.write, size, b"\1"))
         return True
 
     def _may_grow(self, size: int) -> bool:
@@ -347,10 +454,12 @@ class Arena:
     def _drain(self) -> None:
         if self._leases.ended:
             for lease in self._leases.take_ended():
-                if not lease.frozen:
-                    extent = self._extents[lease.extent]
-                    extent.local = False
-                    self._free_unused(extent)
+                if lease.frozen:
+                    self._withheld += lease.size
+                    continue
+                extent = self._extents[lease.extent]
+                extent.local = False
+                self._free_unused(extent)
 
     def _free_unused(self, extent: _Extent) -> None:
         if not extent.sent and not extent.local:
@@ -366,18 +475,29 @@ class ArenaReader:
 
     ``lease`` and ``take_released`` run in the iterating thread; leases end in any thread.
 
+    Args:
+        fd: the arena's descriptor, which is closed.
+        worker: whose arena it is; None where nobody will tell of its end.
+
     Attributes:
         withheld: bytes that are free here and will never be released, because a forked process may be looking at them.
         retired: the worker was asked for a new arena, and would take what is released for that one's.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, worker: ForkToken | None = None) -> None:
         self._mapping: SharedMapping | None = SharedMapping.receive(fd)
-        self._leases = _Leases()
+        self._remnant = Remnant(self._mapping)
+        self._end = self._mapping.size - _MARK_BYTES
+        self._worker = worker
+        self._owner = os.getpid()
+        self._leases = _Leases(address=self._mapping.address)
         self._waiting: list[Lease] = []
+        self._frozen: list[Lease] = []
+        self._given_back = False
         self.withheld = 0
         self.retired = False
         host.close_in_forked_children(self)
+        _sweep()
 
     def lease(self, placed: Placed) -> memoryview:
         """The memory of a buffer in the arena: a writable memoryview of bytes, released when nothing keeps it any more.
@@ -392,7 +512,7 @@ class ArenaReader:
         else:
             owner = mapping.view(position, size)
             view = memoryview(owner).cast("B")  # as it is, its elements are ctypes', and cannot be read one by one
-        self._leases.add(owner, extent, size)
+        self._leases.add(owner, extent, position, size)
         return view
 
     def take_released(self) -> list[int]:
@@ -401,22 +521,27 @@ class ArenaReader:
             return []
         if not self._leases.ended and not self._waiting:
             return []
-        released = []
+        return [lease.extent for lease in self._take_free()]
+
+    def _take_free(self) -> list[Lease]:
+        """Leases that have ended and that no other process holds up, once each."""
+        free = []
         for lease in self._leases.take_ended():
             if lease.frozen:
+                self._frozen.append(lease)
                 self.withheld += lease.size
             elif lease.tokens is None:
-                released.append(lease.extent)
+                free.append(lease)
             else:
                 self._waiting.append(lease)
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for lease in waiting:
                 if all(token.ended for token in lease.tokens or ()):
-                    released.append(lease.extent)
+                    free.append(lease)
                 else:
                     self._waiting.append(lease)
-        return released
+        return free
 
     @property
     def has_released(self) -> bool:
@@ -426,8 +551,60 @@ class ArenaReader:
     @property
     def wasteful(self) -> bool:
         """Whether so much is withheld that the worker should begin a new arena."""
-        return self.withheld > _WITHHELD_BYTES
+        return self._mapping is not None and _too_much_withheld(self.withheld, self._mapping.size)
 
-    def close(self) -> None:
-        """Let go of the arena; leased memory stays as long as it is leased."""
-        self._mapping = None
+    def close(self, *, replaced: bool = False) -> None:
+        """Let go of the arena. Leased memory stays as long as it is leased; of the rest, what is in memory is given
+        back when the worker has ended, since one label that is kept would hold all of it.
+
+        Args:
+            replaced: the worker has begun another one, and may live for long.
+        """
+        ours = self._worker is not None and self._owner == os.getpid()
+        if ours and self not in _left:
+            _left.append(self)
+        if replaced or not ours:
+            self._mapping = None
+
+    def give_back(self) -> bool:
+        """After :meth:`close`: give back what nobody looks at, once the worker has ended; whether to come again."""
+        worker = self._worker
+        assert worker is not None
+        if self._remnant.gone or not worker.settled:
+            return not self._remnant.gone
+        mapping, self._mapping = self._mapping, None
+        if not worker.ended or self._remnant.byte(self._end):
+            return False
+        free = self._take_free()
+        if free or not self._given_back:
+            self._given_back = True
+            held = [*self._leases.open.values(), *self._waiting, *self._frozen]
+            begin = 0
+            for low, high in sorted((lease.position, lease.position + lease.size) for lease in held):
+                self._remnant.give_back(begin, low - begin)
+                begin = max(begin, high)
+            self._remnant.give_back(begin, self._end - begin)
+        del mapping  # until here: what other processes have mapped would stay in memory without this one
+        return True
+
+
+_left: list[ArenaReader] = []  # closed ones of which something may be given back
+_sweeping = threading.Lock()
+_sweeps_wanted: deque[None] = deque()
+
+
+def _sweep() -> None:
+    """Give back what nobody looks at of arenas whose workers have ended.
+
+    Runs in any thread, and where the garbage collector ends a loader, at any bytecode: so nobody waits here. Who finds
+    somebody at it leaves it to that one.
+    """
+    _sweeps_wanted.append(None)
+    while _sweeps_wanted and _sweeping.acquire(blocking=False):
+        try:
+            _sweeps_wanted.clear()
+            for reader in list(_left):
+                if not reader.give_back():
+                    _left.remove(reader)
+        finally:
+            _sweeping.release()

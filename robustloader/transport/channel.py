@@ -32,7 +32,7 @@ import torch
 
 from robustloader.system.host import close_in_forked_children
 from robustloader.transport import codec
-from robustloader.transport.arena import ArenaReader
+from robustloader.transport.arena import ArenaReader, ForkToken
 from robustloader.transport.codec import Parcel, Placed
 from robustloader.transport.messages import as_plain, from_plain
 
@@ -108,6 +108,7 @@ class Channel:
 
     Attributes:
         arena: the other side's arena, in the training process, once there is one.
+        worker: whose arenas they are, in the training process.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -116,6 +117,7 @@ class Channel:
         self._received_fds: deque[int] = deque()
         self._parser = _Parser(self)
         self.arena: ArenaReader | None = None
+        self.worker: ForkToken | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.closed = False
 
@@ -270,10 +272,10 @@ class Channel:
         if not self._received_fds:
             raise ArenaLost("no file descriptor was left to receive a worker's shared memory")
         if self.arena is not None:
-            self.arena.close()
+            self.arena.close(replaced=True)
             self.arena = None
         try:
-            self.arena = ArenaReader(self._received_fds.popleft())
+            self.arena = ArenaReader(self._received_fds.popleft(), self.worker)
         except OSError as error:
             raise ArenaLost(str(error)) from error
 

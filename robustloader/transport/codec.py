@@ -54,7 +54,7 @@ class Buffer(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A buffer in the worker's arena: ``size`` bytes from ``position``, in the extent at offset ``extent``."""
+    """A buffer in the worker's arena: ``size`` bytes from ``position``, in the extent that is named ``extent``."""
 
     low: int
     position: int

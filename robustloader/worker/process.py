@@ -260,7 +260,7 @@ class _Worker:
             if self.beacon.dismissed:
                 return
             message = frame.message
-            if frame.renew and self.arena is not None:
+            if self.arena is not None and (frame.renew or self.arena.wasteful):
                 self.arena.renew()
             if isinstance(message, Fetch):
                 self._serve_fetch(message)

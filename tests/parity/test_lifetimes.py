@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from robustloader import RobustDataLoader, TelemetryPolicy, TransportDegraded
+from robustloader import (
+    MemoryPolicy,
+    RecoveryPolicy,
+    RobustDataLoader,
+    TelemetryPolicy,
+    TransportDegraded,
+    WorkerRestarted,
+)
 from robustloader.engine.pool import Pool
 from robustloader.system.torch_private import worker_processes
 from robustloader.transport.messages import Released
@@ -120,6 +127,94 @@ def test_another_loader_forked_while_batches_are_held() -> None:
         check(kept)
 
 
+class Helped:
+    """A ``collate_fn`` that forks a helper for each batch. When the trainer is eight batches further, the helper looks
+    whether its batch is what it was (1: it is), and stacks others."""
+
+    def __init__(self, batches: int) -> None:
+        self.number = 0
+        self.shared: Any = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
+        self.said = self.shared[1 : 1 + batches]
+
+    def __call__(self, samples: list[Any]) -> Any:
+        number, self.number = self.number, self.number + 1
+        images, labels = default_collate(samples)
+        wanted = images.clone()
+        if os.fork():
+            return images, labels
+        try:
+            while self.shared[0] < number + 8:
+                time.sleep(0.001)
+            self.said[number] = 1 if torch.equal(images, wanted) else 2
+            default_collate([torch.full_like(sample[0], -1.0) for sample in samples])
+        finally:
+            os._exit(0)
+
+
+def test_a_process_that_a_worker_forked_looks_at_its_batch(transport: str) -> None:
+    """``collate_fn`` hands the batch to a process of its own: nobody overwrites it there, nor does that process
+    overwrite a later batch."""
+    helped = Helped(40)
+    loader = RobustDataLoader(
+        Numbered(160),
+        batch_size=4,
+        num_workers=1,
+        collate_fn=helped,
+        multiprocessing_context="fork",
+        persistent_workers=True,
+    )
+    kept = []
+    for number, batch in enumerate(loader):
+        helped.shared[0] = number
+        if number % 3 == 0:
+            kept.append((number, batch))
+        for begun, held in kept[-4:]:
+            check([held], start=begun)
+    helped.shared[0] = 1_000
+    while not all(helped.said):
+        time.sleep(0.001)
+    assert set(helped.said) == {1}
+
+
+def _fork_and_collate(samples: list[Any]) -> Any:
+    batch = default_collate(samples)
+    _fork_and_wait()
+    return batch
+
+
+def _fork_and_wait() -> None:
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(("where", "method"), [("worker", "fork"), ("worker", "spawn"), ("trainer", "fork")])
+def test_forks_do_not_fill_an_arena_for_good(where: str, method: str) -> None:
+    """Each batch is held while somebody forks, in an arena for twenty: no batch has to go through the socket."""
+    events: list[Any] = []
+
+    class Sink:
+        def receive(self, event: Any) -> None:
+            events.append(event)
+
+    one = 4 * 4 * 3 * 64 * 64
+    loader = RobustDataLoader(
+        Numbered(320),
+        batch_size=4,
+        num_workers=1,
+        collate_fn=_fork_and_collate if where == "worker" else None,
+        multiprocessing_context=method,
+        memory=MemoryPolicy(max_arena_bytes=20 * one),
+        telemetry=TelemetryPolicy(sinks=(Sink(),)),
+    )
+    for number, batch in enumerate(loader):
+        if where == "trainer":
+            _fork_and_wait()
+        check([batch], start=number)
+    assert [event for event in events if isinstance(event, TransportDegraded)] == []
+
+
 def test_saving_a_batch_saves_only_the_batch() -> None:
     """``torch.save`` of a tensor writes its bytes and no more."""
     images, labels = next(iter(RobustDataLoader(Numbered(16), batch_size=4, num_workers=1)))
@@ -205,6 +300,84 @@ def shared_bytes(pid: int | str = "self") -> int:
             elif inside and line.startswith("Rss:"):
                 total += int(line.split()[1]) * 1024
     return total
+
+
+class Remembering(Numbered):
+    """The trainer may let it keep a batch; each sample says whether that is still what it was."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.kept: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        intact = self.kept is None or all(bool((self.kept[0] == value).all()) for value in self.kept[0][0, 0, 0, :1])
+        return torch.full(SHAPE, float(index)), index, intact
+
+
+def test_workers_that_come_and_go_do_not_fill_the_arenas(transport: str) -> None:
+    """A worker that is started in the middle of an epoch holds up what the trainer has in hand, for the dataset may
+    have it too, and not the whole lookahead: arenas for half as much again last."""
+    events: list[Any] = []
+
+    class Sink:
+        def receive(self, event: Any) -> None:
+            events.append(event)
+
+    one = 4 * 4 * 3 * 64 * 64
+    dataset = Remembering(4 * 240)
+    loader = RobustDataLoader(
+        dataset,
+        batch_size=4,
+        num_workers=2,
+        prefetch_factor=6,
+        multiprocessing_context="fork",
+        recovery=RecoveryPolicy(max_restarts=100),
+        memory=MemoryPolicy(max_arena_bytes=2 * 18 * one),
+        telemetry=TelemetryPolicy(sinks=(Sink(),)),
+    )
+    iterator = iter(loader)
+    number = 0
+    for images, labels, intact in iterator:
+        check([(images, labels)], start=number)
+        assert all(intact)
+        number += 1
+        if number % 20 == 10 and number < 200:
+            time.sleep(0.1)
+            dataset.kept = [images]
+            os.kill(worker_processes(iterator)[number // 20 % 2].pid, signal.SIGKILL)
+        elif number % 20 == 0:
+            dataset.kept = None
+    assert number == 240
+    assert sum(isinstance(event, WorkerRestarted) for event in events) == 10
+    assert [event for event in events if isinstance(event, TransportDegraded)] == []
+
+
+class Labelled(Numbered):
+    """With labels large enough for memory of their own."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full(SHAPE, float(index)), torch.full((512,), index)
+
+
+@pytest.mark.parametrize("kills", [False, True])
+def test_labels_of_each_epoch_hold_no_images(transport: str, kills: bool) -> None:
+    """With workers of its own in each epoch, or one that dies, a loader takes no more memory for each label kept."""
+    loader = RobustDataLoader(Labelled(96), batch_size=4, num_workers=2)
+    labels: list[Any] = []
+    for _ in range(6):
+        iterator = iter(loader)
+        for number, batch in enumerate(iterator):
+            if number < 4:
+                labels.append(batch[1])
+            if kills and number == 6:
+                os.kill(worker_processes(iterator)[0].pid, signal.SIGKILL)
+        del batch, iterator
+    list(RobustDataLoader(Labelled(8), batch_size=4, num_workers=1))  # whatever was let go of last
+    one, label = 4 * 4 * 3 * 64 * 64, 4 * 8 * 512
+    assert shared_bytes() <= len(labels) * (label + 4_096) + 8 * one
+    for number, held in enumerate(labels):
+        first = number % 4 * 4
+        assert torch.equal(held, torch.arange(first, first + 4).reshape(4, 1).expand(4, 512))
 
 
 def test_released_in_another_thread() -> None:

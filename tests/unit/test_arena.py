@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import io
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robustloader.decisions.extents import whole_pages
 from robustloader.system import host
 from robustloader.system.mapping import SharedMapping
 from robustloader.transport import arena as arena_module
 from robustloader.transport import codec
-from robustloader.transport.arena import Arena, ArenaLimits, ArenaReader, ForkToken, own_fork
+from robustloader.transport.arena import Arena, ArenaLimits, ArenaReader, ForkToken, own_fork, unseen_memory
 from robustloader.transport.codec import Buffer, Parcel, Placed
 from tests.support.parity_run import fingerprint
 from tests.unit.test_codec import _as_after_a_pickle, nested
@@ -34,6 +38,7 @@ class Ends:
     def __init__(self, limits: ArenaLimits = LIMITS) -> None:
         self.arena = Arena(limits)
         self.reader: ArenaReader | None = None
+        self.worker = ForkToken()
 
     def carry(self, value: Any) -> Any:
         """A batch through the arena, with everything released going back first, as a ``Fetch`` would bring it."""
@@ -42,7 +47,7 @@ class Ends:
         parcel = self.arena.place(codec.dumps(value))
         fd = self.arena.take_descriptor()
         if fd is not None:
-            self.reader = ArenaReader(fd)
+            self.reader = ArenaReader(fd, self.worker)
         blocks = [(buffer.low, self.block(buffer)) for buffer in parcel.buffers]
         pickled = parcel.pickled
         if isinstance(pickled, Placed):
@@ -55,6 +60,13 @@ class Ends:
             return torch.tensor(list(buffer.memory), dtype=torch.uint8)
         assert self.reader is not None
         return self.reader.lease(buffer)
+
+    def end(self) -> None:
+        """The worker's process has ended, and the training process has taken leave of it."""
+        assert self.reader is not None
+        self.worker.ended = True
+        self.reader.close()
+        self.worker.settle()
 
     @property
     def in_use(self) -> int:
@@ -267,6 +279,43 @@ def test_our_own_worker_holds_extents_back_until_its_end(ends: Ends) -> None:
     assert ends.reader is not None and ends.reader.withheld == 0
 
 
+def test_our_own_worker_does_not_hold_up_what_it_cannot_see(ends: Ends) -> None:
+    """Batches that nobody was handed yet are used again while a worker lives that was forked meanwhile; what was sent
+    once more, and seen, is not."""
+    token = ForkToken()
+    again = ends.arena.empty((BIG,), torch.uint8)
+    assert again is not None
+    waiting = [{"x": ends.carry(torch.ones(BIG)), "y": [ends.carry(np.ones(BIG)), "name", 3]}, ends.carry(again)]
+    held, seen = ends.carry(torch.ones(BIG)), ends.carry(again.fill_(5))
+    del again
+    with own_fork(token, set.union(*map(unseen_memory, waiting))):
+        finish = fork_reader(seen.numpy())
+    in_use = ends.in_use
+    waiting.clear()
+    assert in_use - ends.in_use == whole_pages(4 * BIG) + whole_pages(8 * BIG)
+    del held, seen
+    for number in range(20):
+        ends.carry(torch.full((BIG,), number, dtype=torch.uint8))
+    assert ends.in_use >= whole_pages(BIG) + whole_pages(4 * BIG)
+    assert finish() == 5
+    token.ended = True
+    assert ends.in_use == 0
+
+
+@dataclasses.dataclass
+class Own:
+    tensor: Any
+
+
+@pytest.mark.parametrize("wrap", [Own, lambda t: [{"a": (Own(t), t)}], lambda t: np.array([t, None], dtype=object)])
+def test_a_class_of_the_users_may_have_seen_a_batch(wrap: Callable[[Any], Any]) -> None:
+    """Unpickling runs its code: what lies in such a batch counts as seen, all of it."""
+    tensor, loop = torch.ones(BIG), [1, None]
+    loop[1] = loop
+    assert unseen_memory(wrap(tensor)) == set()
+    assert unseen_memory([{"a": (tensor, b"x", loop)}, tensor[5:]]) == {tensor.untyped_storage().data_ptr()}
+
+
 def test_a_fork_in_the_worker_holds_its_tensors_back(ends: Ends) -> None:
     """A child of the worker may look at what user code had stacked."""
     stacked = ends.arena.empty((BIG,), torch.uint8)
@@ -300,6 +349,87 @@ def test_a_new_arena_when_too_much_is_withheld(monkeypatch: pytest.MonkeyPatch, 
     assert ends.reader is not reader
     assert finish() == 4
     assert int(fresh[5]) == 6
+
+
+def test_what_a_worker_of_ours_forks_is_none_of_ours() -> None:
+    """A forked worker runs inside its trainer's ``own_fork``: the forks of its own user code are strangers' still."""
+    with own_fork(ForkToken()):
+        pid = os.fork()
+        if not pid:
+            code = 255
+            try:
+                torch.set_num_threads(1)  # the parent's other threads are not here
+                ends = Ends()
+                stacked = ends.arena.empty((BIG,), torch.uint8)
+                assert stacked is not None
+                finish = fork_reader(stacked.fill_(5).numpy())
+                del stacked
+                for number in range(20):
+                    ends.carry(torch.full((BIG,), number, dtype=torch.uint8))
+                code = finish()
+            finally:
+                os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+
+
+def test_the_arena_is_not_filled_by_what_the_worker_forks(ends: Ends) -> None:
+    """A copy of the worker that stacks something gets memory of its own."""
+    stacked = ends.arena.empty((BIG,), torch.uint8)
+    assert stacked is not None
+    del stacked
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = int(ends.arena.empty((BIG,), torch.uint8) is not None)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert ends.arena.empty((BIG,), torch.uint8) is not None
+
+
+def test_a_worker_renews_what_its_own_forks_have_filled(ends: Ends) -> None:
+    """Forks in the worker keep a quarter of the arena from use: the next one begins. What is still released of the
+    former is not taken for the new one's."""
+    while not ends.arena.wasteful:
+        stacked = ends.arena.empty((10 * BIG,), torch.uint8)
+        assert stacked is not None
+        assert fork_reader(stacked.fill_(4).numpy())() == 4
+        del stacked
+        ends.carry(torch.zeros(BIG))
+    assert ends.arena._map.in_use < LIMITS.max_bytes / 2
+    kept = ends.carry(torch.full((BIG,), 3, dtype=torch.uint8))
+    former = ends.reader
+    ends.arena.renew()
+    fresh = [ends.carry(torch.full((BIG,), value, dtype=torch.uint8)) for value in range(3)]
+    assert former is not None and ends.reader is not former
+    assert int(kept[5]) == 3
+    del kept
+    released = former.take_released()
+    assert released
+    before = ends.in_use
+    ends.arena.release(released)
+    assert ends.in_use == before
+    assert [int(batch[5]) for batch in fresh] == [0, 1, 2]
+    fresh.clear()
+    assert ends.in_use == 0
+
+
+def test_of_a_small_arena_a_quarter_is_withheld_at_most() -> None:
+    """The trainer asks for a new one before what forked processes may look at has filled it."""
+    ends = Ends(ArenaLimits(max_bytes=40 * BIG, reserve_bytes=0))
+    reader = None
+    for number in range(11):
+        batch = ends.carry(torch.full((BIG,), number, dtype=torch.uint8))
+        reader = reader or ends.reader
+        assert reader is not None and ends.reader is reader
+        assert fork_reader(batch.numpy())() == number
+        assert not reader.wasteful
+        del batch
+    reader.take_released()
+    assert reader.wasteful
+    assert ends.arena.take_trouble() == ""
+    ends.arena.renew()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -373,6 +503,88 @@ def test_idle_memory_is_given_back(ends: Ends) -> None:
         ends.carry(torch.ones(BIG))
     assert resident(mapping) <= 3 * 4 * BIG + 40 * BIG
     assert bool((kept == 1).all())
+
+
+def test_labels_alone_do_not_hold_the_arena_of_a_worker_that_has_ended(ends: Ends) -> None:
+    """Of a worker's arena, what is still looked at stays; the rest is given back, some of it when it is let go of."""
+    batches = [ends.carry({"image": torch.ones(10 * BIG), "label": torch.full((2_000,), k)}) for k in range(6)]
+    mapping = ends.arena._mapping
+    assert mapping is not None
+    labels = [batch["label"] for batch in batches]
+    del batches[1:]
+    assert resident(mapping) >= 6 * 40 * BIG
+    ends.end()
+    assert resident(mapping) <= 40 * BIG + 7 * 16_000 + 8 * 4_096
+    assert bool((batches[0]["image"] == 1).all())
+    batches.clear()
+    Ends().carry(torch.ones(BIG))  # whichever worker begins or ends next
+    assert resident(mapping) <= 6 * (16_000 + 2 * 4_096)
+    assert [int(label[5]) for label in labels] == list(range(6))
+    assert [int(label.sum()) for label in labels] == [2_000 * k for k in range(6)]
+
+
+def test_a_worker_that_lives_keeps_its_memory(ends: Ends) -> None:
+    """A worker that was asked to leave may still look at what it made."""
+    stacked = ends.arena.empty((BIG,), torch.uint8)
+    assert stacked is not None
+    kept = ends.carry(torch.ones(BIG))
+    stacked.fill_(7)
+    assert ends.reader is not None
+    ends.reader.close()
+    Ends().carry(torch.ones(BIG))
+    assert bool((stacked == 7).all() and (kept == 1).all())
+    ends.end()
+    assert not stacked.any() and bool((kept == 1).all())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_forked_process_may_look_at_outlives_its_worker(ends: Ends, own: bool) -> None:
+    """A process that was forked while a batch was held sees that batch, although its worker has ended since."""
+    token = ForkToken()
+    label = ends.carry(torch.full((BIG,), 3, dtype=torch.uint8))
+    batch, other = (ends.carry(torch.full((10 * BIG,), 5, dtype=torch.uint8)) for _ in range(2))
+    with own_fork(token) if own else contextlib.nullcontext():
+        finish = fork_reader(batch.numpy())
+    mapping = ends.arena._mapping
+    assert mapping is not None
+    fresh = ends.carry(torch.full((10 * BIG,), 6, dtype=torch.uint8))
+    assert resident(mapping) >= 31 * BIG
+    del batch, other, fresh
+    ends.end()
+    assert 21 * BIG <= resident(mapping) <= 21 * BIG + 4 * 4_096
+    assert finish() == 5
+    token.ended = True
+    ForkToken().settle()
+    assert (resident(mapping) < 2 * BIG) == own
+    assert bool((label == 3).all())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_the_worker_has_forked_outlives_it(ends: Ends, kept: bool) -> None:
+    """A process that user code forked in the worker sees what it saw, although the worker has ended. So does one that
+    was forked after the worker had begun another arena."""
+    stacked = ends.arena.empty((BIG,), torch.uint8)
+    assert stacked is not None
+    label = ends.carry(torch.ones(BIG))
+    if kept:
+        ends.arena.renew()
+    finish = fork_reader(stacked.fill_(5).numpy())
+    del stacked
+    ends.end()
+    assert finish() == 5
+    assert bool((label == 1).all())
+
+
+def test_pages_of_the_system_that_are_larger_than_extents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only whole pages are given back, and what shares one with something else stays."""
+    mapping, fd = SharedMapping.create(1 << 20)
+    os.close(fd)
+    monkeypatch.setattr(mmap, "PAGESIZE", 65_536)
+    mapping.write(0, b"x" * (1 << 20))
+    mapping.give_back(65_536, 4_096)
+    mapping.give_back(5 * 65_536 - 4_096, 2 * 65_536)
+    data = bytes(mapping.slice(0, 1 << 20))
+    assert data.count(0) == 65_536 and data.index(0) == 5 * 65_536
 
 
 def test_labels_alone_do_not_hold_images(ends: Ends) -> None:
