@@ -280,7 +280,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         """
         self._refuse_datapipe()
         state = LoaderState.from_dict(state_dict)
-        check_setting(state, describe(self))
+        check_setting(state, describe(self, state))
         check_generators(self, state)
         load_objects(self, state)
         self._journal.drained = None

@@ -51,8 +51,13 @@ _WALK = 1 << 16
 """Indices read at a time: large enough for array arithmetic, small against any dataset worth walking through."""
 
 
-def describe(loader: Any) -> Setting:
-    """What a loader's states depend on."""
+def describe(loader: Any, state: LoaderState | None = None) -> Setting:
+    """What a loader's states depend on.
+
+    Args:
+        state: one to be compared. Samplers may have another length in each epoch that they are told, so theirs is that
+            of the state's epoch; None between two epochs, where nobody knows which one is next.
+    """
     iterable = torch_private.is_iterable(loader)
     reads = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     # torch's batch sampler means the same whether it was given or made of the loader's arguments.
@@ -64,7 +69,7 @@ def describe(loader: Any) -> Setting:
         batch_size=plain.batch_size,
         drop_last=bool(plain.drop_last),
         sampler="" if iterable else type(chooser).__qualname__,
-        sampler_length=None if iterable or stateful_sampler(loader) is not None else _length(reads),
+        sampler_length=None if iterable or stateful_sampler(loader) is not None else _steps(loader, reads, state),
     )
 
 
@@ -73,6 +78,21 @@ def _length(thing: Any) -> int | None:
         return len(thing)
     except Exception:  # a user's __len__
         return None
+
+
+def _steps(loader: Any, reads: Any, state: LoaderState | None) -> int | None:
+    """The length of what a loader reads its tasks from."""
+    samplers = _with_epochs(loader)
+    told = tuple(sampler.epoch for sampler in samplers)
+    if state is not None and not state.begun and any(sampler is reads for sampler in samplers):
+        return None
+    _tell_epochs(loader, state.sampler_epochs if state is not None else ())
+    try:
+        return len(reads)
+    except Exception:  # there may be none before its first epoch
+        return None
+    finally:
+        _tell_epochs(loader, told)
 
 
 def stateful_sampler(loader: Any) -> Any:

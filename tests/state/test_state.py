@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from typing import Any
 
 import pytest
@@ -82,6 +83,56 @@ def test_torchs_batch_sampler_may_be_given_or_made() -> None:
         sampled(batch_size=2).load_state_dict(older)
     with pytest.raises(StateError, match="batch_size"):
         sampled(batch_size=1).load_state_dict(RobustDataLoader(Numbers(11), None).state_dict())
+
+
+class Buckets:
+    """Batches of 1 to 6, other ones in each epoch, and before the first epoch none."""
+
+    def __init__(self) -> None:
+        self.epoch = -1
+        self.batches: list[list[int]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.batches = epoch, []
+        chance = random.Random(epoch)
+        order = chance.sample(range(40), 40)
+        while order:
+            size = chance.randint(1, 6)
+            self.batches.append(order[:size])
+            order = order[size:]
+
+    def __len__(self) -> int:
+        assert self.batches is not None, "ask me once my epoch has begun"
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        assert self.batches is not None
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("told", [None, 0])
+@pytest.mark.parametrize("steps", [5, None])
+def test_a_batch_sampler_may_have_another_length_in_each_epoch(steps: int | None, told: int | None) -> None:
+    """It is compared as of the state's epoch, and told its own again where it does not fit."""
+    ours, other = (RobustDataLoader(Numbers(40), batch_sampler=Buckets()) for _ in range(2))
+    assert ours.state_dict()["sampler_length"] is None
+    ours.batch_sampler.set_epoch(3)
+    iterator = iter(ours)
+    head = [batch.tolist() for batch in itertools.islice(iterator, steps)]
+    state = ours.state_dict()
+    if told is not None:
+        other.batch_sampler.set_epoch(told)
+        assert len(other) != len(ours)
+    if steps is not None:
+        with pytest.raises(StateError, match="sampler_length"):
+            other.load_state_dict(state | {"sampler_length": 99})
+        assert other.batch_sampler.epoch == (-1 if told is None else told)
+    other.load_state_dict(state)
+    if steps is None:
+        other.batch_sampler.set_epoch(4)
+        ours.batch_sampler.set_epoch(4)
+    rest = [batch.tolist() for batch in other]
+    assert ([] if steps is None else head) + rest == [batch.tolist() for batch in ours]
 
 
 @pytest.mark.parametrize("state", [None, 3, {}, {"schema": 99}, {"schema": SCHEMA}, {"schema": "1"}])
