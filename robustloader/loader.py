@@ -252,7 +252,7 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
         """Where the iterator created last stands, counted in batches that were delivered.
 
         A fresh plain dict for ``torch.save``, ``torch.distributed.checkpoint`` or, where the indices and users' own
-        states allow it, JSON; about 30 kB, whatever the size of the dataset. Starts no worker and reads no data. Right
+        states allow it, JSON; 30 to 60 kB, whatever the size of the dataset. Starts no worker and reads no data. Right
         between two batches, from the thread that iterates.
 
         Raises:

@@ -202,6 +202,8 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     for name in ("epoch", "delivered", "base_seed", "workers", "next_shard", "sampler_skip", "faults", "samples"):
         if not isinstance(values[name], int) or (values[name] < 0 and name != "base_seed"):
             raise ValueError(f"{name}={values[name]!r}")
+    if not isinstance(values.get("sampler_reads", -1), int):
+        raise ValueError(f"sampler_reads={values['sampler_reads']!r}")
     if len(values["openings"]) != 2 or any(opening not in ("i", "is", "isi") for opening in values["openings"]):
         raise ValueError(f"openings={values['openings']!r}")
 
