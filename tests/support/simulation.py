@@ -77,6 +77,7 @@ class SimPool:
         self.starting: list[SimWorker] = []
         self.outbox: deque[Happening] = deque()
         self.frames: list[tuple[SimWorker, SimFrame]] = []
+        self.start_method = "fork"
         self.owned = True
         self.busy = False
         self.stopped = False
