@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 __all__ = ["tell", "tell_the_rest"]
 
-_collecting: int | None = None
-"""The thread that runs a collection; there is one collection at a time."""
+
+class _Collections(list[Any]):
+    """Hears of collections: the last item is a dict while one runs, in whatever thread, and none otherwise.
+
+    All of it is C, down to what the two names call. A callback in Python would be where the interpreter handles a
+    signal that came during the collection, and the collector drops what a callback raises: Ctrl-C without effect.
+    """
+
+    start = property(None, list.append)
+    stop = property(None, list.__init__)  # the list is made anew, of the names of what was told
+
+
+_collections = _Collections()
+_hear = functools.partial(setattr, _collections)
+"""Called with "start" or "stop", and a dict."""
 
 _waiting: deque[Callable[[], object]] = deque()
 
@@ -48,27 +61,22 @@ def tell_the_rest() -> None:
 
 
 def _within_collection() -> bool:
-    return _collecting == threading.get_ident()
-
-
-def _note(phase: str, info: dict[str, Any]) -> None:
-    global _collecting
-    _collecting = threading.get_ident() if phase == "start" else None
+    return bool(_collections) and type(_collections[-1]) is dict
 
 
 def _forget() -> None:
     """In a forked process: what waits is the original's to tell."""
-    global _collecting
-    _collecting = None
+    _collections.clear()
     _waiting.clear()
 
 
 def _end() -> None:
     with contextlib.suppress(ValueError):  # somebody has cleared the list
-        gc.callbacks.remove(_note)
+        gc.callbacks.remove(_hear)
+    _collections.clear()
     tell_the_rest()
 
 
-gc.callbacks.append(_note)
+gc.callbacks.append(_hear)
 os.register_at_fork(after_in_child=_forget)
 atexit.register(_end)

@@ -41,3 +41,34 @@ def test_while_a_trace_is_drawn(tmp_path: Path) -> None:
 def test_while_a_lock_of_the_users_is_held(place: str, tmp_path: Path) -> None:
     """In a sink of the user's, or in the loop, which uses what is behind the sink too."""
     assert run(place, 0, tmp_path).split() == [str(LEFT_EARLY + 1)]
+
+
+SIGNAL = """
+import gc, signal, time
+import robustloader
+
+rung = []
+
+class Alarm(Exception):
+    pass
+
+def ring(number, frame):
+    rung.append(number)
+    raise Alarm
+
+signal.signal(signal.SIGALRM, ring)
+heap = [[] for _ in range(2_000_000)]
+try:
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    gc.collect()
+    while not rung:
+        time.sleep(0.01)
+except Alarm:
+    print("heard")
+"""
+
+
+def test_a_signal_that_comes_during_a_collection_is_heard() -> None:
+    """What its handler raises reaches the loop; in a callback of the collector it would be dropped."""
+    done = subprocess.run([sys.executable, "-c", SIGNAL], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "heard\n", done.stderr
