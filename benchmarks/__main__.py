@@ -11,7 +11,6 @@ Rerun: ``make bench`` (everything, results committed) or ``make bench-quick``; `
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from benchmarks import machine
 from benchmarks.contenders import OURS, WORKERS, peers, policy_pair, silence_peers, telemetry_pair
 from benchmarks.harness import Form, chosen, compare, compare_anew, measurement, note, start_up
 from benchmarks.memory import peak_of
+from benchmarks.tables import write_result
 from benchmarks.thresholds import judge
 from benchmarks.workloads import WORKLOADS
 
@@ -119,16 +119,8 @@ def run(names: tuple[str, ...], form: Form, out: Path, *, quick: bool, transport
                 note(describe(key, made))
             result["took_s"] = round(time.monotonic() - begun, 1)
             result["verdicts"] = [verdict.to_dict() for verdict in judge(measurements)]
-            write(result, out)
+            write_result(result, out)
     return result
-
-
-def write(result: dict[str, Any], out: Path) -> None:
-    """Replace the result file as a whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(out)
 
 
 def raise_descriptor_limit() -> None:

@@ -46,7 +46,8 @@ from benchmarks import machine
 from benchmarks.harness import chosen, close, note, turn_order
 from benchmarks.memory import shared_memory, tree_memory
 from benchmarks.stats import paired_ratio
-from benchmarks.thresholds import judge_study
+from benchmarks.tables import write_result
+from benchmarks.thresholds import Verdict, judge_study
 from benchmarks.workloads import WORKLOADS, Workload
 from robustloader import MemoryPolicy, RobustDataLoader, TelemetryPolicy, tune
 from robustloader.decisions.processors import Scheduler
@@ -733,7 +734,6 @@ def simulate_anew(result: dict[str, Any]) -> None:
             batches=form.simulated,
         )
     result["simulated_at"] = machine.describe()["commit"]
-    result["verdicts"] = [verdict.to_dict() for verdict in judge_study(result["kinds"])]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -753,7 +753,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"{options.out} does not exist: measure first, or name a result with --out")
         result = json.loads(options.out.read_text())
         simulate_anew(result)
-        finish(result, options.out, options.plot)
+        finish(result, judged(result, options.out), options.out, options.plot)
         return
     kinds = chosen(parser, options.only, KINDS)
     torch.set_num_threads(1)
@@ -780,23 +780,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             kept[kind] |= study(kind, Path(name), QUICK if options.quick else FULL)
             result["kinds"] = {kind: kept[kind] for kind in KINDS if kind in kept}
             result["took_s"] = round(before["took_s"] + time.monotonic() - begun, 1)
-            result["verdicts"] = [verdict.to_dict() for verdict in judge_study(result["kinds"])]
-            write(result, options.out)
-    finish(result, options.out, options.plot)
+            verdicts = judged(result, options.out)
+    finish(result, verdicts, options.out, options.plot)
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def judged(result: dict[str, Any], path: Path) -> list[Verdict]:
+    """Judge and write what there is."""
+    verdicts = list(judge_study(result["kinds"]))
+    result["verdicts"] = [verdict.to_dict() for verdict in verdicts]
+    write_result(result, path)
+    return verdicts
 
 
-def finish(result: dict[str, Any], path: Path, plots: Path | None) -> None:
-    """Write, draw, and say how it went."""
-    write(result, path)
+def finish(result: dict[str, Any], verdicts: Sequence[Verdict], path: Path, plots: Path | None) -> None:
+    """Draw, and say how it went."""
     if plots:
         draw(result, plots)
-    verdicts = list(judge_study(result["kinds"]))
     print("\n".join(map(str, verdicts)))
     short = sum(verdict.passed is False for verdict in verdicts)
     print(f"{len(verdicts)} lines, {short} fall short; {path}, {result['took_s']:.0f} s")

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import write_result
 from robustloader.decisions.simulator import LoadTime, Setup, simulate, survive
 
 WORKERS = (8, 16, 32, 64, 128, 256)
@@ -148,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stall": stall,
         "survival": survival(jobs, stall["stall_s"]),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, options.out)
     if options.plot:
         draw(result, options.plot)
     print(f"wrote {options.out}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BEGIN", "END", "insert", "publish", "render"]
+__all__ = ["BEGIN", "END", "insert", "publish", "render", "write_result"]
 
 BEGIN = "<!-- measured: begin -->"
 END = "<!-- measured: end -->"
@@ -41,6 +41,14 @@ def insert(page: str, text: str, opening: str = BEGIN, closing: str = END) -> st
     return f"{before}{opening}\n\n{text}\n{closing}{after}"
 
 
+def write_result(result: Mapping[str, Any], out: Path) -> None:
+    """Replace the result file as a whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(out)
+
+
 def publish(
     result: Mapping[str, Any],
     render: Callable[[Mapping[str, Any]], str],
@@ -50,8 +58,7 @@ def publish(
     closing: str,
 ) -> None:
     """Write a result, put its tables between the markers of ``page``, if one is given, and print them."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, out)
     text = render(result)
     if page:
         page.write_text(insert(page.read_text(), text, opening, closing))

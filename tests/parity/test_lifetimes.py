@@ -19,13 +19,13 @@ from robustloader import (
     MemoryPolicy,
     RecoveryPolicy,
     RobustDataLoader,
-    TelemetryPolicy,
     TransportDegraded,
     WorkerRestarted,
 )
 from robustloader.engine.pool import Pool
 from robustloader.system.torch_private import worker_processes
 from robustloader.transport.messages import Released
+from tests.support.listener import Listener
 from tests.support.watch import await_death
 
 SHAPE = (3, 64, 64)  # 48 KiB of float32: an extent of its own even where small tensors stay in the frame
@@ -192,12 +192,7 @@ def _fork_and_wait() -> None:
 @pytest.mark.parametrize(("where", "method"), [("worker", "fork"), ("worker", "spawn"), ("trainer", "fork")])
 def test_forks_do_not_fill_an_arena_for_good(where: str, method: str) -> None:
     """Each batch is held while somebody forks, in an arena for twenty: no batch has to go through the socket."""
-    events: list[Any] = []
-
-    class Sink:
-        def receive(self, event: Any) -> None:
-            events.append(event)
-
+    listener = Listener()
     one = 4 * 4 * 3 * 64 * 64
     loader = RobustDataLoader(
         Numbered(320),
@@ -206,13 +201,13 @@ def test_forks_do_not_fill_an_arena_for_good(where: str, method: str) -> None:
         collate_fn=_fork_and_collate if where == "worker" else None,
         multiprocessing_context=method,
         memory=MemoryPolicy(max_arena_bytes=20 * one),
-        telemetry=TelemetryPolicy(sinks=(Sink(),)),
+        telemetry=listener.policy,
     )
     for number, batch in enumerate(loader):
         if where == "trainer":
             _fork_and_wait()
         check([batch], start=number)
-    assert [event for event in events if isinstance(event, TransportDegraded)] == []
+    assert listener.of(TransportDegraded) == []
 
 
 def test_saving_a_batch_saves_only_the_batch() -> None:
@@ -226,19 +221,12 @@ def test_saving_a_batch_saves_only_the_batch() -> None:
 
 def test_labels_alone_are_cheap_to_keep(transport: str) -> None:
     """Keeping the labels of many batches keeps no images."""
-    events: list[Any] = []
-
-    class Listener:
-        def receive(self, event: Any) -> None:
-            events.append(event)
-
-    loader = RobustDataLoader(
-        Numbered(1_200), batch_size=4, num_workers=2, telemetry=TelemetryPolicy(sinks=(Listener(),))
-    )
+    listener = Listener()
+    loader = RobustDataLoader(Numbered(1_200), batch_size=4, num_workers=2, telemetry=listener.policy)
     before = shared_bytes()
     labels = [labels for _, labels in loader]
     assert torch.equal(torch.cat(labels), torch.arange(1_200))
-    assert not any(isinstance(event, TransportDegraded) for event in events)
+    assert not listener.of(TransportDegraded)
     held = shared_bytes() - before
     assert held < 60 * 4 * 4 * 12_288, f"{held:,} bytes are held by 300 batches' labels"
 
@@ -318,12 +306,7 @@ class Remembering(Numbered):
 def test_workers_that_come_and_go_do_not_fill_the_arenas(transport: str) -> None:
     """What the trainer has been handed and user code keeps is what it was for workers that are started in the middle of
     an epoch, too, while their memory, and that of the batches still to come, goes round; none is sent another way."""
-    events: list[Any] = []
-
-    class Sink:
-        def receive(self, event: Any) -> None:
-            events.append(event)
-
+    listener = Listener()
     one = 4 * 4 * 3 * 64 * 64
     loader = RobustDataLoader(
         Remembering(4 * 240),
@@ -333,7 +316,7 @@ def test_workers_that_come_and_go_do_not_fill_the_arenas(transport: str) -> None
         multiprocessing_context="fork",
         recovery=RecoveryPolicy(max_restarts=100),
         memory=MemoryPolicy(max_arena_bytes=2 * 18 * one),
-        telemetry=TelemetryPolicy(sinks=(Sink(),)),
+        telemetry=listener.policy,
     )
     iterator = iter(loader)
     number = 0
@@ -346,12 +329,12 @@ def test_workers_that_come_and_go_do_not_fill_the_arenas(transport: str) -> None
             time.sleep(0.1)  # the lookahead is there, as a rule
             _kept.append((images[0], float(labels[0])))
             os.kill(worker_processes(iterator)[number // 20 % 2].pid, signal.SIGKILL)
-        elif sum(isinstance(event, WorkerRestarted) for event in events) == (number + 10) // 20:
+        elif len(listener.of(WorkerRestarted)) == (number + 10) // 20:
             _kept.clear()
     assert number == 240
     assert states == {"none", "intact"}
-    assert sum(isinstance(event, WorkerRestarted) for event in events) == 10
-    assert [event for event in events if isinstance(event, TransportDegraded)] == []
+    assert len(listener.of(WorkerRestarted)) == 10
+    assert listener.of(TransportDegraded) == []
 
 
 class Labelled(Numbered):
