@@ -1,11 +1,11 @@
 """The whole table of situations, again and again: ``python -m tests.chaos.full --rounds 20 -o RESULT.json``.
 
 Question: does every situation pass in every mode, every time?
-Method: the modes that share a start method, and whether the trainer is itself a child, make a lane. A lane's rows run
-one after the other in a trainer process; the lanes run side by side. Under fork each row gets a process of its own.
-Elsewhere a process runs many, so that the fork server is warm: importing torch costs seconds of a processor. Spawned
-workers pay that each time, and their rounds come last. After each row the process has nothing left of it (no child,
-descriptor, thread or shared memory). A row that fails or does not end within its limit is noted with what it
+Method: the modes that share a start method, and whether the trainer is itself a child, make a lane, or two. A lane's
+rows run one after the other in a trainer process; the lanes run side by side. Under fork each row gets a process of its
+own. Elsewhere a process runs many, so that the fork server is warm: importing torch costs seconds of a processor.
+Spawned workers pay that each time, and their rounds come last. After each row the process has nothing left of it (no
+child, descriptor, thread or shared memory). A row that fails or does not end within its limit is noted with what it
 said, its process is thrown away, and the rest goes on. The result file is written all the while; started again with the
 same file, it goes on where it stopped, if the rounds are the same and the code of every module of the package that
 the rows load. ``--anew TEXT`` forgets rows first, for the day a row itself was mended.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import multiprocessing as mp
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -48,6 +49,8 @@ LIMIT_S = 240.0
 PATIENCE_S = 90.0
 """How long a row waits for what must happen: others use this machine for hours."""
 SIDE_BY_SIDE = 4
+LANES = {"fork": 1, "forkserver": 1, "spawn": 2}
+"""How many share the rows of a start method with the same kind of trainer; spawned workers are awaited the longest."""
 WRITE_EVERY_S = 5.0
 
 Run = tuple[Situation, Mode]
@@ -75,18 +78,20 @@ def host(link: Connection, method: str, child: bool, noise: Path) -> int:
     os.close(fd)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if not child:
-        serve(link)
+        serve(link, method)
         return 0
-    process = child_context(method).Process(target=serve, args=(link,))
+    process = child_context(method).Process(target=serve, args=(link, method))
     process.start()
     link.close()
     process.join()
     return process.exitcode or 0
 
 
-def serve(link: Connection) -> None:
+def serve(link: Connection, method: str) -> None:
     """Run rows as they are named, and tell what was wrong with each, until nobody asks any more."""
     watch.PATIENCE_S = PATIENCE_S
+    if method == "spawn":
+        sys.modules["__main__"] = importlib.import_module("tests.support.light")
     logging.getLogger("robustloader").setLevel(logging.ERROR)
     mp.set_forkserver_preload(["torch", "robustloader", "tests.chaos.situations"])
     try:
@@ -215,13 +220,13 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
 
 def lanes_of(names: Iterable[str], rows: dict[str, Any], rounds: int) -> list[Lane]:
     """What is still to be done, round by round; spawn last."""
-    waiting: dict[tuple[str, bool], deque[str]] = {(mode.method, mode.child): deque() for _, mode in PRODUCT}
+    waiting: dict[tuple[str, bool, int], deque[str]] = defaultdict(deque)
     for number in range(rounds):
-        for name in names:
+        for place, name in enumerate(names):
             if rows[name]["passed"] + rows[name]["failed"] <= number:
                 mode = RUNS[name][1]
-                waiting[mode.method, mode.child].append(name)
-    lanes = [Lane(*kind, names) for kind, names in waiting.items() if names]
+                waiting[mode.method, mode.child, place % LANES[mode.method]].append(name)
+    lanes = [Lane(method, child, names) for (method, child, _), names in waiting.items()]
     return sorted(lanes, key=lambda lane: lane.method == "spawn")
 
 
