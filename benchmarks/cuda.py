@@ -4,14 +4,14 @@ Question: with ``pin_memory=True``, how fast do batches get from the dataset to 
     through this one, and which share of a real training run is the device idle?
 Method: (copies) each workload's batches are sent off with ``non_blocking=True`` as they come and dropped; a block ends
     when the device has them all. One batch that is pinned already, sent again and again, is the limit of the bus.
-    (training) a ResNet-18 trains on decoded JPEG files with SGD. Events on the device are recorded around each step's
-    work, after its copy; the device is busy for the sum of those spans, and idle for the rest of the block. The same
-    batch again and again, on the device already, is what the model alone could do. Both loaders live at once, and
-    blocks of them take turns, in an order that changes; ratios compare blocks of one round.
-Trap: spans between events count gaps between the step's own kernels as busy, the same for all; a small model on a large
-    device is bound by launching kernels then. Where the workers' processors are the bottleneck, no loader can keep the
-    device busy: ``images_per_s`` beside the model's own rate says so. Memory is pinned afresh until the allocator's
-    cache is warm: a block's first batches are not counted.
+    (training) a ResNet-18 trains on decoded JPEG files with SGD, its kernels launched one by one. How long the device
+    works for a step is measured once, from a graph whose kernels run back to back; for the rest of a block's time it
+    is idle. The same batch again and again, on the device already, is what the model alone could do. Both loaders live
+    at once, and blocks of them take turns, in an order that changes; ratios compare blocks of one round.
+Trap: events around each step would call the device busy while it waits for a process that has no processor to launch
+    the next kernel, which is what many workers bring about. Where the workers' processors are the bottleneck, no loader
+    can keep the device busy: ``images_per_s`` beside the model's own rate says so. Memory is pinned afresh until the
+    allocator's cache is warm: a block's first batches are not counted.
 Rerun: ``make bench-cuda``, on a machine with a CUDA device; ``--device cpu`` only shows that the program works.
 """
 
@@ -133,23 +133,27 @@ class Device:
         if self.real:
             torch.cuda.synchronize(self.device)
 
-    @contextlib.contextmanager
-    def span(self, spans: list[Any]) -> Iterator[None]:
-        """Note how long the device takes for what is queued inside: seconds, or two events until :meth:`busy_s`."""
+    def work_s(self, step: Callable[[], None], times: int = 30) -> float:
+        """Seconds of the device's own work in a step: replayed from a graph, its kernels run back to back, however late
+        a busy process would launch them one by one."""
+        for _ in range(3):
+            step()  # what is made once, as momentum and workspaces are, is made before
+        self.wait()
         if not self.real:
             begun = time.perf_counter()
-            yield
-            spans.append(time.perf_counter() - begun)
-            return
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
-        yield
-        events[1].record()
-        spans.append(events)
-
-    def busy_s(self, spans: Sequence[Any]) -> float:
-        """All of it together, once the device has done it."""
-        return sum(begin.elapsed_time(end) / 1e3 for begin, end in spans) if self.real else sum(spans)
+            step()
+            return time.perf_counter() - begun
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()
+        begin.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        self.wait()
+        return begin.elapsed_time(end) / 1e3 / times
 
     def describe(self) -> dict[str, Any]:
         """Which one it is."""
@@ -275,34 +279,33 @@ def measure_training(device: Device, form: Form, folder: Path) -> dict[str, Any]
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.device.type, dtype=torch.bfloat16, enabled=device.real):
+        with torch.autocast(device.device.type, dtype=torch.bfloat16, enabled=device.real, cache_enabled=False):
             loss = loss_of(model(images.contiguous(memory_format=torch.channels_last)), labels)
         loss.backward()
         optimizer.step()
 
+    samples = [dataset[index] for index in range(form.image_batch)]
+    there = device.send(workload.collate_fn(samples))
+    work_s = device.work_s(lambda: step(*there))
+
     def block(entrant: Entrant, count: int) -> dict[str, float]:
-        spans: list[Any] = []
         device.wait()
         begun = time.perf_counter()
         for batch in itertools.islice(entrant.batches, count):
-            images, labels = device.send(batch)
-            with device.span(spans):
-                step(images, labels)
+            step(*device.send(batch))
         device.wait()
-        took_s = time.perf_counter() - begun
+        batch_s = (time.perf_counter() - begun) / count
         return {
-            "batch_s": took_s / count,
-            "images_per_s": count * form.image_batch / took_s,
-            "idle_share": max(0.0, 1 - device.busy_s(spans) / took_s),
+            "batch_s": batch_s,
+            "images_per_s": form.image_batch / batch_s,
+            "idle_share": max(0.0, 1 - work_s / batch_s),
         }
 
     with contextlib.ExitStack() as stack:
         entrants = enter(stack, dataset, workload, form.image_batch, device, form)
-        samples = [dataset[index] for index in range(form.image_batch)]
-        there = device.send(workload.collate_fn(samples))
         entrants.append(Entrant(LIMIT, itertools.repeat(there), 0))
         measure_rounds(entrants, block, form)
-        return {"batch_size": form.image_batch, "rounds": told(entrants)}
+        return {"batch_size": form.image_batch, "work_s": work_s, "rounds": told(entrants)}
 
 
 # --- the result
@@ -353,7 +356,8 @@ def render(result: Mapping[str, Any]) -> str:
     training = result["training"]
     lines += [
         "",
-        f"ResNet-18 on JPEG files that workers decode and augment, {training['batch_size']} images a step:",
+        f"ResNet-18 on JPEG files that workers decode and augment, {training['batch_size']} images a step, for which "
+        f"the device works {training['work_s'] * 1e3:.3g} ms:",
         "",
         "| batches from | images/s | the device is idle |",
         "|---|--:|--:|",

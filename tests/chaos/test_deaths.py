@@ -123,7 +123,7 @@ def test_a_death_while_idle(how: str, workers: int) -> None:
     )
     iterator = iter(loader)
     delivered = [next(iterator)]
-    await_idle(iterator, 0, done=2 if workers == 1 else 1)
+    await_idle(iterator, 0, done=2)
     kill(pids(iterator)[0], getattr(signal, how))
     delivered += list(iterator)
     assert flat(delivered) == list(range(32))

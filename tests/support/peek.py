@@ -20,7 +20,7 @@ def await_idle(iterator: Any, worker: int, *, done: int) -> None:
 
     def idle() -> bool:
         reading = iterator._pool.workers[worker].beacon.read()
-        return bool(reading.phase == "idle" and reading.done >= done)
+        return bool(reading.phase == "idle" and reading.done > done)  # it counts its start, too
 
     until(idle, what=f"worker {worker} idle after {done} tasks")
 
