@@ -1,9 +1,10 @@
 """What reaches a CUDA device, and how long does the device wait for it?
 
 Question: with ``pin_memory=True``, how fast do batches get from the dataset to the device through torch's loader and
-    through this one, and which share of a real training run is the device idle?
+    through this one, does pinning pay, and which share of a real training run is the device idle?
 Method: (copies) each workload's batches are sent off with ``non_blocking=True`` as they come and dropped; a block ends
     when the device has them all. One batch that is pinned already, sent again and again, is the limit of the bus.
+    (pinning) the same through this loader alone, with ``pin_memory`` and without.
     (training) a ResNet-18 trains on decoded JPEG files with SGD, its kernels launched one by one. How long the device
     works for a step is measured once, from a graph whose kernels run back to back; for the rest of a block's time it
     is idle. The same batch again and again, on the device already, is what the model alone could do. Both loaders live
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import sys
 import tempfile
@@ -49,7 +51,9 @@ END = "<!-- cuda: end -->"
 
 NAMES = ("tiny", "tokens", "image-u8", "image-f32", "jpeg")
 LOADERS: dict[str, Callable[..., Any]] = {"robustloader": RobustDataLoader, "torch": DataLoader}
+PINNED = {"pinned": True, "pageable": False}
 LIMIT = "limit"
+PARTS = ("copies", "pinning", "training")
 ENDLESS = 1 << 30
 """Samples of a dataset that no block comes to the end of."""
 
@@ -201,23 +205,28 @@ def pin(batch: Any) -> Any:
 
 
 def enter(
-    stack: contextlib.ExitStack, dataset: Dataset[Any], workload: Workload, batch_size: int, device: Device, form: Form
-) -> list[Entrant]:
-    """Both loaders with an iterator under way; the stack ends them."""
-    entrants = []
-    for name, kind in LOADERS.items():
-        loader = kind(
-            dataset,
-            batch_size=batch_size,
-            num_workers=form.workers,
-            collate_fn=workload.collate,
-            pin_memory=device.real,
-            multiprocessing_context="fork",
-        )
-        iterator = iter(loader)
-        stack.callback(close, iterator)
-        entrants.append(Entrant(name, iterator, 2 * form.workers))
-    return entrants
+    stack: contextlib.ExitStack,
+    name: str,
+    kind: Callable[..., Any],
+    dataset: Dataset[Any],
+    workload: Workload,
+    form: Form,
+    *,
+    batch_size: int,
+    pin_memory: bool,
+) -> Entrant:
+    """A loader with an iterator under way; the stack ends it."""
+    loader = kind(
+        dataset,
+        batch_size=batch_size,
+        num_workers=form.workers,
+        collate_fn=workload.collate,
+        pin_memory=pin_memory,
+        multiprocessing_context="fork",
+    )
+    iterator = iter(loader)
+    stack.callback(close, iterator)
+    return Entrant(name, iterator, 2 * form.workers)
 
 
 def measure_rounds(entrants: list[Entrant], block: Callable[[Entrant, int], dict[str, float]], form: Form) -> None:
@@ -244,11 +253,8 @@ def told(entrants: Sequence[Entrant]) -> dict[str, dict[str, list[float]]]:
 # --- copies
 
 
-def measure_copies(workload: Workload, device: Device, form: Form, folder: Path) -> dict[str, Any]:
-    """Milliseconds a batch from the dataset to the device, and bytes per second."""
-    dataset = workload.dataset(ENDLESS, folder)
-    sample = workload.collate_fn([dataset[index] for index in range(workload.batch_size)])
-    nbytes = size_of(sample)
+def copying(device: Device, nbytes: int) -> Callable[[Entrant, int], dict[str, float]]:
+    """A block that sends batches of so many bytes off as they come."""
 
     def block(entrant: Entrant, count: int) -> dict[str, float]:
         begun = time.perf_counter()
@@ -258,11 +264,34 @@ def measure_copies(workload: Workload, device: Device, form: Form, folder: Path)
         batch_s = (time.perf_counter() - begun) / count
         return {"batch_s": batch_s, "bytes_per_s": nbytes / batch_s}
 
+    return block
+
+
+def measure_copies(workload: Workload, device: Device, form: Form, folder: Path) -> dict[str, Any]:
+    """Milliseconds a batch from the dataset to the device, and bytes per second."""
+    dataset, size = workload.dataset(ENDLESS, folder), workload.batch_size
+    sample = workload.collate_fn([dataset[index] for index in range(size)])
     with contextlib.ExitStack() as stack:
-        entrants = enter(stack, dataset, workload, workload.batch_size, device, form)
+        entrants = [
+            enter(stack, name, kind, dataset, workload, form, batch_size=size, pin_memory=device.real)
+            for name, kind in LOADERS.items()
+        ]
         entrants.append(Entrant(LIMIT, itertools.repeat(pin(sample) if device.real else sample), 0))
-        measure_rounds(entrants, block, form)
-        return {"batch_bytes": nbytes, "rounds": told(entrants)}
+        measure_rounds(entrants, copying(device, size_of(sample)), form)
+        return {"batch_bytes": size_of(sample), "rounds": told(entrants)}
+
+
+def measure_pinning(workload: Workload, device: Device, form: Form, folder: Path) -> dict[str, Any]:
+    """The same through this loader, with ``pin_memory`` and without."""
+    dataset, size = workload.dataset(ENDLESS, folder), workload.batch_size
+    sample = workload.collate_fn([dataset[index] for index in range(size)])
+    with contextlib.ExitStack() as stack:
+        entrants = [
+            enter(stack, name, RobustDataLoader, dataset, workload, form, batch_size=size, pin_memory=pins)
+            for name, pins in PINNED.items()
+        ]
+        measure_rounds(entrants, copying(device, size_of(sample)), form)
+        return {"batch_bytes": size_of(sample), "rounds": told(entrants)}
 
 
 # --- training
@@ -302,7 +331,10 @@ def measure_training(device: Device, form: Form, folder: Path) -> dict[str, Any]
         }
 
     with contextlib.ExitStack() as stack:
-        entrants = enter(stack, dataset, workload, form.image_batch, device, form)
+        entrants = [
+            enter(stack, name, kind, dataset, workload, form, batch_size=form.image_batch, pin_memory=device.real)
+            for name, kind in LOADERS.items()
+        ]
         entrants.append(Entrant(LIMIT, itertools.repeat(there), 0))
         measure_rounds(entrants, block, form)
         return {"batch_size": form.image_batch, "work_s": work_s, "rounds": told(entrants)}
@@ -311,21 +343,30 @@ def measure_training(device: Device, form: Form, folder: Path) -> dict[str, Any]
 # --- the result
 
 
-def run(device: Device, form: Form, names: Sequence[str] = NAMES) -> dict[str, Any]:
-    """Measure everything."""
+def run(
+    device: Device,
+    form: Form,
+    names: Sequence[str] = NAMES,
+    parts: Sequence[str] = PARTS,
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure these parts; the others are those of the result before, if there is one."""
     result: dict[str, Any] = {
+        **{part: {} for part in PARTS},
+        **(before or {}),
         **machine.describe(),
         "device": device.describe(),
         "date": datetime.now(UTC).date().isoformat(),
         "form": {"rounds": form.rounds, "block_s": form.block_s, "workers": form.workers},
-        "copies": {},
     }
-    with tempfile.TemporaryDirectory(prefix="robustloader-cuda-") as name:
-        for workload in names:
-            note(f"copies: {workload}")
-            result["copies"][workload] = measure_copies(WORKLOADS[workload], device, form, Path(name))
-        note("training: ResNet-18 on JPEG files")
-        result["training"] = measure_training(device, form, Path(name))
+    with tempfile.TemporaryDirectory(prefix="robustloader-cuda-") as folder:
+        for part, measure in (("copies", measure_copies), ("pinning", measure_pinning)):
+            for name in names if part in parts else ():
+                note(f"{part}: {name}")
+                result[part][name] = measure(WORKLOADS[name], device, form, Path(folder))
+        if "training" in parts:
+            note("training: ResNet-18 on JPEG files")
+            result["training"] = measure_training(device, form, Path(folder))
     return result
 
 
@@ -353,7 +394,25 @@ def render(result: Mapping[str, Any]) -> str:
             f"| `{name}` | {ms['robustloader']:.3g} | {ms['torch']:.3g} | {ms[LIMIT]:.3g} | {rate:.3g} "
             f"| {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |"
         )
+    if result["pinning"]:
+        lines += [
+            "",
+            "Through robustloader with `pin_memory=True` and without, and how many times as long it takes without:",
+            "",
+            "| workload | MB | pinned, ms | pageable, ms | pageable / pinned |",
+            "|---|--:|--:|--:|--:|",
+        ]
+    for name, measured in result["pinning"].items():
+        batch_s = [measured["rounds"][who]["batch_s"] for who in PINNED]
+        ms = [spread(values).median * 1e3 for values in batch_s]
+        ratio = paired_ratio(batch_s[1], batch_s[0])
+        lines.append(
+            f"| `{name}` | {measured['batch_bytes'] / 1e6:.3g} | {ms[0]:.3g} | {ms[1]:.3g} "
+            f"| {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |"
+        )
     training = result["training"]
+    if not training:
+        return "\n".join([*lines, ""])
     lines += [
         "",
         f"ResNet-18 on JPEG files that workers decode and augment, {training['batch_size']} images a step, for which "
@@ -374,12 +433,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="one round of short blocks, to see that it works")
     parser.add_argument("--only", metavar="NAMES", help=f"workloads to copy, some of: {','.join(NAMES)}")
+    parser.add_argument(
+        "--parts", metavar="NAMES", help=f"measure some of {','.join(PARTS)}; the others stay as they are"
+    )
     parser.add_argument("--device", default="cuda", help="the device (default: cuda); cpu measures nothing")
     parser.add_argument("--workers", type=int, help="worker processes (default: one per usable processor, at most 16)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cuda.json"), help="the result file")
     parser.add_argument("--page", type=Path, help="a page to put the tables into, between its markers")
     options = parser.parse_args(arguments)
-    names = chosen(parser, options.only, NAMES)
+    names, parts = chosen(parser, options.only, NAMES), chosen(parser, options.parts, PARTS)
     if options.device != "cpu" and not torch.cuda.is_available():
         print("there is no CUDA device: nothing measured", file=sys.stderr)
         return 2
@@ -387,7 +449,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form = Form(1, 0.2, workers, 1) if options.short else Form(9, 3.0, workers, 64)
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     begun = time.monotonic()
-    result = run(Device(options.device), form, names)
+    goes_on = options.parts and options.out.exists()
+    before = json.loads(options.out.read_text()) if goes_on else None
+    result = run(Device(options.device), form, names, parts, before)
     result["took_s"] = round(time.monotonic() - begun, 1)
     publish(result, render, options.out, options.page, BEGIN, END)
     return 0

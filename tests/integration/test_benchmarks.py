@@ -93,11 +93,11 @@ def test_the_simulation_of_scale_runs(tmp_path: Path) -> None:
 
 @pytest.mark.deadline(240)
 def test_the_cuda_program_runs_on_a_stand_in(tmp_path: Path) -> None:
-    """Copies and training, with the CPU in the place of a device: every round recorded, and tables in the page."""
+    """Copies, pinning and training, with the CPU in the place of a device: every round recorded, tables in the page. A part that is measured again leaves the others as they are."""
     out, page = tmp_path / "cuda.json", tmp_path / "page.md"
     page.write_text(f"before\n{cuda.BEGIN}\n{cuda.END}\nafter\n")
     options = ("--short", "--device", "cpu", "--workers", "1", "--only", "tiny")
-    printed = run("benchmarks.cuda", *options, "--out", str(out), "--page", str(page), patience_s=230)
+    printed = run("benchmarks.cuda", *options, "--out", str(out), "--page", str(page), patience_s=120)
     result = json.loads(out.read_text())
     assert "measures nothing" in result["device"]["name"]
     for made in (result["copies"]["tiny"], result["training"]):
@@ -106,6 +106,12 @@ def test_the_cuda_program_runs_on_a_stand_in(tmp_path: Path) -> None:
     assert all(0 <= values["idle_share"][0] <= 1 for values in result["training"]["rounds"].values())
     lines = page.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
-    for row in ("| `tiny` |", "| robustloader |", "| torch |"):
-        assert sum(line.startswith(row) for line in lines) == 1
+    for row, times in (("| `tiny` |", 2), ("| robustloader |", 1), ("| torch |", 1)):
+        assert sum(line.startswith(row) for line in lines) == times
         assert row in printed
+
+    run("benchmarks.cuda", *options, "--parts", "pinning", "--out", str(out), patience_s=110)
+    again = json.loads(out.read_text())
+    assert (again["copies"], again["training"]) == (result["copies"], result["training"])
+    assert list(again["pinning"]["tiny"]["rounds"]) == ["pinned", "pageable"]
+    assert again["pinning"] != result["pinning"]

@@ -377,7 +377,7 @@ def test_arrays_arrive_as_through_torchs_queue(array: np.ndarray) -> None:
         pytest.param(lambda: torch.ones(3).untyped_storage(), id="storage"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:.*[Qq]uantiz.*", "ignore:TypedStorage")
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant):UserWarning", "ignore:.*[Qq]uantiz.*", "ignore:TypedStorage")
 def test_exotic_tensors_go_by_value(make: Any) -> None:
     """What is no plain CPU tensor arrives all the same: same type, same layout, same values."""
     value = make()

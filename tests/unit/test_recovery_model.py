@@ -81,8 +81,13 @@ class Histories(RuleBasedStateMachine):
         **recovery: Any,
     ) -> None:
         # Whether a trainer that finds a batch ready listens to its workers first is a matter of the clock.
-        self.patches.append(mock.patch.object(engine, "_LOOK_EVERY_NS", -1 if looks else 1 << 62))
-        self.patches[-1].start()
+        # "auto" begins with as many workers as there are processors, however many this machine has.
+        for patch in (
+            mock.patch.object(engine, "_LOOK_EVERY_NS", -1 if looks else 1 << 62),
+            mock.patch.object(host, "usable_cpus", return_value=workers),
+        ):
+            self.patches.append(patch)
+            patch.start()
         self.auto = auto
         self.workers, self.prefetch, self.in_order, self.haunted = workers, prefetch, in_order, haunted
         self.policy = RecoveryPolicy(backoff_s=0, stall_report_s=None, start_timeout_s=None, **recovery)
