@@ -14,6 +14,7 @@ from robustloader import RobustDataLoader
 from robustloader.testing import Crash, InjectedDataset, Injector, Raise, WorkerKiller
 from tests.support.devices import (
     LARGE,
+    STRICT,
     Numbers,
     Shaped,
     collate_own,
@@ -24,7 +25,6 @@ from tests.support.devices import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")  # samples fail on purpose
 
-STRICT: dict[str, Any] = {"faults": "raise", "recovery": None, "memory": None, "telemetry": None}
 MODES: dict[str, dict[str, Any]] = {"strict": STRICT, "defaults": {}}
 # Each process that is spawned imports torch anew, and a torch with CUDA is gigabytes.
 METHODS = ("fork", pytest.param("spawn", marks=pytest.mark.deadline(240)), "forkserver")

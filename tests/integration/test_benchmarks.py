@@ -93,7 +93,10 @@ def test_the_simulation_of_scale_runs(tmp_path: Path) -> None:
 
 @pytest.mark.deadline(240)
 def test_the_cuda_program_runs_on_a_stand_in(tmp_path: Path) -> None:
-    """Copies, pinning and training, with the CPU in the place of a device: every round recorded, tables in the page. A part that is measured again leaves the others as they are."""
+    """Copies, pinning and training, with the CPU in the place of a device: every round recorded, tables in the page.
+
+    A part that is measured again leaves the others as they are.
+    """
     out, page = tmp_path / "cuda.json", tmp_path / "page.md"
     page.write_text(f"before\n{cuda.BEGIN}\n{cuda.END}\nafter\n")
     options = ("--short", "--device", "cpu", "--workers", "1", "--only", "tiny")
