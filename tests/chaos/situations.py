@@ -14,6 +14,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -455,6 +456,8 @@ def restarts_in_a_threaded_trainer(mode: Mode, folder: Path) -> None:
     def chatter() -> None:
         while not stop.is_set():
             log.warning("x")
+            if mode.method == "spawn":  # what is spawned inherits no lock, and needs a processor to start
+                time.sleep(0.001)
 
     others: list[list[int]] = []
     loaders = [threading.Thread(target=lambda: others.append(flat(mode.loader(Numbers(8), persistent_workers=False))))]
