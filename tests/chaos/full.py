@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -220,12 +220,18 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
 
 def lanes_of(names: Iterable[str], rows: dict[str, Any], rounds: int) -> list[Lane]:
     """What is still to be done, round by round; spawn last."""
+    lane_of: dict[str, tuple[str, bool, int]] = {}
+    members: Counter[tuple[str, bool]] = Counter()
+    for name in names:
+        mode = RUNS[name][1]
+        kind = mode.method, mode.child
+        lane_of[name] = *kind, members[kind] % LANES[mode.method]
+        members[kind] += 1
     waiting: dict[tuple[str, bool, int], deque[str]] = defaultdict(deque)
     for number in range(rounds):
-        for place, name in enumerate(names):
+        for name, lane in lane_of.items():
             if rows[name]["passed"] + rows[name]["failed"] <= number:
-                mode = RUNS[name][1]
-                waiting[mode.method, mode.child, place % LANES[mode.method]].append(name)
+                waiting[lane].append(name)
     lanes = [Lane(method, child, names) for (method, child, _), names in waiting.items()]
     return sorted(lanes, key=lambda lane: lane.method == "spawn")
 
