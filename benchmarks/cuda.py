@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -50,8 +51,11 @@ BEGIN = "<!-- cuda: begin -->"
 END = "<!-- cuda: end -->"
 
 NAMES = ("tiny", "tokens", "image-u8", "image-f32", "jpeg")
-LOADERS: dict[str, Callable[..., Any]] = {"robustloader": RobustDataLoader, "torch": DataLoader}
-PINNED = {"pinned": True, "pageable": False}
+LOADERS: dict[str, Callable[..., Any]] = {
+    "robustloader": functools.partial(RobustDataLoader, pin_memory=True),
+    "torch": functools.partial(DataLoader, pin_memory=True),
+}
+PINNED: dict[str, Callable[..., Any]] = {"pinned": LOADERS["robustloader"], "pageable": RobustDataLoader}
 LIMIT = "limit"
 PARTS = ("copies", "pinning", "training")
 ENDLESS = 1 << 30
@@ -206,27 +210,26 @@ def pin(batch: Any) -> Any:
 
 def enter(
     stack: contextlib.ExitStack,
-    name: str,
-    kind: Callable[..., Any],
+    loaders: Mapping[str, Callable[..., Any]],
     dataset: Dataset[Any],
     workload: Workload,
-    form: Form,
-    *,
     batch_size: int,
-    pin_memory: bool,
-) -> Entrant:
-    """A loader with an iterator under way; the stack ends it."""
-    loader = kind(
-        dataset,
-        batch_size=batch_size,
-        num_workers=form.workers,
-        collate_fn=workload.collate,
-        pin_memory=pin_memory,
-        multiprocessing_context="fork",
-    )
-    iterator = iter(loader)
-    stack.callback(close, iterator)
-    return Entrant(name, iterator, 2 * form.workers)
+    form: Form,
+) -> list[Entrant]:
+    """All loaders with an iterator under way; the stack ends them."""
+    entrants = []
+    for name, kind in loaders.items():
+        loader = kind(
+            dataset,
+            batch_size=batch_size,
+            num_workers=form.workers,
+            collate_fn=workload.collate,
+            multiprocessing_context="fork",
+        )
+        iterator = iter(loader)
+        stack.callback(close, iterator)
+        entrants.append(Entrant(name, iterator, 2 * form.workers))
+    return entrants
 
 
 def measure_rounds(entrants: list[Entrant], block: Callable[[Entrant, int], dict[str, float]], form: Form) -> None:
@@ -253,8 +256,19 @@ def told(entrants: Sequence[Entrant]) -> dict[str, dict[str, list[float]]]:
 # --- copies
 
 
-def copying(device: Device, nbytes: int) -> Callable[[Entrant, int], dict[str, float]]:
-    """A block that sends batches of so many bytes off as they come."""
+def measure_copies(
+    workload: Workload,
+    device: Device,
+    form: Form,
+    folder: Path,
+    loaders: Mapping[str, Callable[..., Any]],
+    *,
+    limit: bool,
+) -> dict[str, Any]:
+    """Milliseconds a batch from the dataset to the device, and bytes per second; ``limit``: of the bus alone, too."""
+    dataset = workload.dataset(ENDLESS, folder)
+    sample = workload.collate_fn([dataset[index] for index in range(workload.batch_size)])
+    nbytes = size_of(sample)
 
     def block(entrant: Entrant, count: int) -> dict[str, float]:
         begun = time.perf_counter()
@@ -264,34 +278,12 @@ def copying(device: Device, nbytes: int) -> Callable[[Entrant, int], dict[str, f
         batch_s = (time.perf_counter() - begun) / count
         return {"batch_s": batch_s, "bytes_per_s": nbytes / batch_s}
 
-    return block
-
-
-def measure_copies(workload: Workload, device: Device, form: Form, folder: Path) -> dict[str, Any]:
-    """Milliseconds a batch from the dataset to the device, and bytes per second."""
-    dataset, size = workload.dataset(ENDLESS, folder), workload.batch_size
-    sample = workload.collate_fn([dataset[index] for index in range(size)])
     with contextlib.ExitStack() as stack:
-        entrants = [
-            enter(stack, name, kind, dataset, workload, form, batch_size=size, pin_memory=device.real)
-            for name, kind in LOADERS.items()
-        ]
-        entrants.append(Entrant(LIMIT, itertools.repeat(pin(sample) if device.real else sample), 0))
-        measure_rounds(entrants, copying(device, size_of(sample)), form)
-        return {"batch_bytes": size_of(sample), "rounds": told(entrants)}
-
-
-def measure_pinning(workload: Workload, device: Device, form: Form, folder: Path) -> dict[str, Any]:
-    """The same through this loader, with ``pin_memory`` and without."""
-    dataset, size = workload.dataset(ENDLESS, folder), workload.batch_size
-    sample = workload.collate_fn([dataset[index] for index in range(size)])
-    with contextlib.ExitStack() as stack:
-        entrants = [
-            enter(stack, name, RobustDataLoader, dataset, workload, form, batch_size=size, pin_memory=pins)
-            for name, pins in PINNED.items()
-        ]
-        measure_rounds(entrants, copying(device, size_of(sample)), form)
-        return {"batch_bytes": size_of(sample), "rounds": told(entrants)}
+        entrants = enter(stack, loaders, dataset, workload, workload.batch_size, form)
+        if limit:
+            entrants.append(Entrant(LIMIT, itertools.repeat(pin(sample) if device.real else sample), 0))
+        measure_rounds(entrants, block, form)
+        return {"batch_bytes": nbytes, "rounds": told(entrants)}
 
 
 # --- training
@@ -331,10 +323,7 @@ def measure_training(device: Device, form: Form, folder: Path) -> dict[str, Any]
         }
 
     with contextlib.ExitStack() as stack:
-        entrants = [
-            enter(stack, name, kind, dataset, workload, form, batch_size=form.image_batch, pin_memory=device.real)
-            for name, kind in LOADERS.items()
-        ]
+        entrants = enter(stack, LOADERS, dataset, workload, form.image_batch, form)
         entrants.append(Entrant(LIMIT, itertools.repeat(there), 0))
         measure_rounds(entrants, block, form)
         return {"batch_size": form.image_batch, "work_s": work_s, "rounds": told(entrants)}
@@ -360,10 +349,12 @@ def run(
         "form": {"rounds": form.rounds, "block_s": form.block_s, "workers": form.workers},
     }
     with tempfile.TemporaryDirectory(prefix="robustloader-cuda-") as folder:
-        for part, measure in (("copies", measure_copies), ("pinning", measure_pinning)):
+        for part, loaders in (("copies", LOADERS), ("pinning", PINNED)):
             for name in names if part in parts else ():
                 note(f"{part}: {name}")
-                result[part][name] = measure(WORKLOADS[name], device, form, Path(folder))
+                result[part][name] = measure_copies(
+                    WORKLOADS[name], device, form, Path(folder), loaders, limit=part == "copies"
+                )
         if "training" in parts:
             note("training: ResNet-18 on JPEG files")
             result["training"] = measure_training(device, form, Path(folder))

@@ -41,12 +41,23 @@ def insert(page: str, text: str, opening: str = BEGIN, closing: str = END) -> st
     return f"{before}{opening}\n\n{text}\n{closing}{after}"
 
 
-def write_result(result: Mapping[str, Any], out: Path) -> None:
-    """Replace the result file as a whole."""
+def write_result(result: Mapping[str, Any], out: Path, *, table: str = "") -> None:
+    """Replace the result file in one step: who is interrupted leaves the old file or the new one.
+
+    Args:
+        result: plain JSON.
+        out: the file.
+        table: the key of a dictionary with many entries, each of which gets one line.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(out)
+    rows = result.get(table, {})
+    text = json.dumps({**result, table: {}} if rows else result, indent=1)
+    if rows:
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
+        text = text.replace(f"{json.dumps(table)}: {{}}", f"{json.dumps(table)}: {{\n{lines}\n }}")
+    beside = out.with_name(f"{out.name}.new")
+    beside.write_text(text + "\n")
+    beside.replace(out)
 
 
 def publish(

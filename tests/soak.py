@@ -37,10 +37,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from benchmarks.machine import describe
+from benchmarks.tables import write_result
 from robustloader import RecoveryPolicy, RobustDataLoader, ShardEnded, TelemetryPolicy, WorkerCrashed
 from robustloader.policies import Transport
 from robustloader.testing import WorkerKiller, no_leaks
-from tests.support.results import write_json
 
 TRANSPORTS = tuple(name for name in get_args(Transport) if name != "auto")
 STUCK_S = 120.0
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:40} {count:>12,}")
     print(f"{'problems':40} {len(totals.failures):>12,}")
     if options.output is not None:
-        write_json(options.output, result)
+        write_result(result, options.output)
     return 0 if result["ok"] else 1
 
 

@@ -27,8 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import insert
-from tests.support.results import write_json
+from benchmarks.tables import insert, write_result
 
 BEGIN, END = "<!-- versions: begin -->", "<!-- versions: end -->"
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,7 +230,7 @@ def keep(path: Path, outcome: Outcome) -> None:
     key = (mine["python"], mine["torch"])
     others = [entry for entry in read_environments(path) if (entry["python"], entry["torch"]) != key]
     environments = sorted([*others, mine], key=lambda entry: (entry["torch"], entry["python"]))
-    write_json(path, {"question": "the fast suite under other versions", "environments": environments})
+    write_result({"question": "the fast suite under other versions", "environments": environments}, path)
 
 
 def read_environments(path: Path | None) -> list[dict[str, Any]]:

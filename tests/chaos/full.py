@@ -40,10 +40,10 @@ from typing import Any
 import psutil
 
 from benchmarks.machine import describe
+from benchmarks.tables import write_result
 from robustloader.testing import no_leaks
 from tests.chaos.situations import PRODUCT, Mode, Situation, child_context, columns, run_here
 from tests.support import watch
-from tests.support.results import write_json
 
 LIMIT_S = 240.0
 PATIENCE_S = 90.0
@@ -266,7 +266,7 @@ class Book:
         enough = all(entry["passed"] >= self.result["rounds"] for entry in entries)
         self.result["ok"] = enough and not self.result["failed"]
         if self.path is not None:
-            write_json(self.path, self.result, table="rows")
+            write_result(self.result, self.path, table="rows")
         self.written = time.monotonic()
 
 

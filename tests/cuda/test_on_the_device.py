@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from robustloader import FaultBudgetError, RobustDataLoader
-from tests.support.devices import STRICT, Shaped, told
+from tests.support.devices import Shaped, told
+from tests.support.parity_run import MODES, STRICT
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::robustloader.RobustLoaderWarning", "ignore:.*pin_memory_device:DeprecationWarning"
@@ -28,14 +29,14 @@ class There(Dataset[torch.Tensor]):
 
 
 @pytest.mark.deadline(240)
-@pytest.mark.parametrize("options", [STRICT, {}], ids=["strict", "defaults"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", [None, "spawn", "forkserver"], ids=["no worker", "spawn", "forkserver"])
-def test_a_dataset_on_the_device(method: str | None, options: dict[str, Any]) -> None:
+def test_a_dataset_on_the_device(method: str | None, mode: str) -> None:
     """Batches stay where they are made, in workers as well."""
     arguments: dict[str, Any] = {"batch_size": 4}
     if method is not None:
         arguments |= {"num_workers": 1, "multiprocessing_context": method}
-    for kind, more in ((DataLoader, {}), (RobustDataLoader, options)):
+    for kind, more in ((DataLoader, {}), (RobustDataLoader, MODES[mode])):
         batches = list(kind(There(), **arguments, **more))
         assert [batch.device.type for batch in batches] == ["cuda"] * 3
         assert torch.cat(batches).tolist() == [[float(index)] * 3 for index in range(12)]

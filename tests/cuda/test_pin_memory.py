@@ -14,7 +14,6 @@ from robustloader import RobustDataLoader
 from robustloader.testing import Crash, InjectedDataset, Injector, Raise, WorkerKiller
 from tests.support.devices import (
     LARGE,
-    STRICT,
     Numbers,
     Shaped,
     collate_own,
@@ -22,10 +21,10 @@ from tests.support.devices import (
     tensors_in,
     told,
 )
+from tests.support.parity_run import MODES, STRICT
 
 pytestmark = pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")  # samples fail on purpose
 
-MODES: dict[str, dict[str, Any]] = {"strict": STRICT, "defaults": {}}
 # Each process that is spawned imports torch anew, and a torch with CUDA is gigabytes.
 METHODS = ("fork", pytest.param("spawn", marks=pytest.mark.deadline(240)), "forkserver")
 

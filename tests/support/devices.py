@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-STRICT: dict[str, Any] = {"faults": "raise", "recovery": None, "memory": None, "telemetry": None}
-"""Options with which a loader does what torch's does, and no more."""
 LARGE = 256 * 1024
 """Elements of a float sample that fills a megabyte: what takes a copy long enough to be raced."""
 
