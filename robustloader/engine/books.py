@@ -81,7 +81,8 @@ class Books:
         self.closing = False
 
     def open(self, indices: Any) -> Task:
-        """Enter a task for what the sampler yielded."""
+        """Enter a task for what the sampler yielded. With ``faults="raise"``, one that needs a convicted sample has
+        failed already."""
         if self.iterable:
             return self.ledger.open(indices, [])
         task = self.ledger.open(indices, as_list(indices, batched=self.batched))
@@ -89,6 +90,10 @@ class Books:
             self.spares.observe(task.id, task.samples)
             if not self.desk.known_bad:  # as a rule
                 task.spares = self.spares.draw(task.id, SPARES_PER_TASK)
+                return task
+            refusal = self.desk.refusal(task.samples)
+            if refusal is not None:
+                self.fail(task, refusal)
                 return task
             self.avoid_known(task)
             if task.avoid:
@@ -108,6 +113,11 @@ class Books:
         if self.desk.known_bad:
             task.avoid = tuple(sorted({*task.avoid, *positions_of(task.samples, self.desk.known_bad)}))
         task.spares = spares_for(self.spares, self.desk, task.id, len(task.avoid), task.rounds)
+
+    def learn(self) -> None:
+        """A sample was convicted: what nobody has yet must not be loaded with it either."""
+        for task in (*self.queue, *self.parked):
+            self.avoid_known(task)
 
     def requeue(self, task: Task) -> None:
         """Let whoever has room first do a task again; the oldest goes first."""

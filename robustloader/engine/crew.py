@@ -34,12 +34,15 @@ from robustloader.system import host
 from robustloader.telemetry import EpochRecording
 from robustloader.worker.beacon import Reading
 
-__all__ = ["Crew", "Slot", "TrialCase"]
+__all__ = ["Crew", "Label", "Slot", "TrialCase"]
 
 logger = logging.getLogger("robustloader")
 
 _TAKES_TRAINER_ALONG: frozenset[Cause] = frozenset(("memory", "shared memory", "crash", "exit", "hang"))
 _HISTORY = 64
+
+Label = Key | tuple[str, int] | tuple[str, int, int]
+"""What a death is put down to: a sample, a batch, or a place of a shard."""
 
 Details = Callable[["Slot"], dict[str, Any]]
 """What a slot's next process must be told beyond its ids. Passed per call: kept here, it would tie crew and iterator
@@ -150,7 +153,7 @@ class Crew:
         self.history: deque[Event] = deque(maxlen=_HISTORY)
         self.recording: EpochRecording
         self._heals = heals
-        self._deaths: list[tuple[Cause, Key | None]] = []
+        self._deaths: list[tuple[Cause, Label | None]] = []
         self._oom_kills = host.memory_kills()
         self._wait_begun_ns = 0
         self._waited_ns = 0
@@ -266,18 +269,15 @@ class Crew:
         slot.streak += 1
         slot.incarnation += 1
 
-    def spend(self, cause: Cause, key: Key | None) -> bool:
+    def spend(self, cause: Cause, label: Label | None) -> bool:
         """Book a death; whether there is credit for a restart."""
-        self._deaths.append((cause, key))
+        self._deaths.append((cause, label))
         return self.budget.spend()
 
-    def forgive(self, key: Key | None, deaths: int) -> None:
-        """A sample (or, without key, a batch) was convicted: its deaths are explained and will not come again."""
+    def forgive(self, label: Label | None, deaths: int) -> None:
+        """What these deaths were put down to is done without from now on: they will not come again."""
         self.budget.refund(deaths)
-        if key is None:
-            del self._deaths[-deaths:]
-        else:
-            self._deaths = [death for death in self._deaths if death[1] != key]
+        self._deaths = [death for death in self._deaths if death[1] != label]
 
     def schedule(self, slot: Slot) -> None:
         """Restart the slot's worker when its backoff is over."""
@@ -399,11 +399,10 @@ class Crew:
             return
         self.budget.delivered()
         self._since_shrink += 1
-        if self._since_shrink >= BATCHES_PER_CREDIT * max(1, self.policy.max_restarts):
+        if self._since_shrink >= BATCHES_PER_CREDIT * max(1, self.policy.max_restarts) and self.budget.full:
             self._since_shrink = 0
-            if self.budget.full:
-                self._deaths.clear()
-                self._heal()
+            self._deaths.clear()
+            self._heal()
 
     def _heal(self) -> None:
         slot = next((slot for slot in self.slots if slot.state == "retired"), None)

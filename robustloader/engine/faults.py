@@ -12,7 +12,7 @@ from typing import Any
 from robustloader.decisions.budgets import FaultBudget
 from robustloader.decisions.keys import Key, index_key
 from robustloader.engine.quarantine import KILLERS, Quarantine
-from robustloader.errors import FaultBudgetError, SampleError, warn_user
+from robustloader.errors import FaultBudgetError, SampleError, WorkerCrashError, WorkerError, WorkerHangError, warn_user
 from robustloader.events import FaultKind, FaultRecord, SampleReplaced, ShardEnded
 from robustloader.policies import FaultPolicy
 from robustloader.system import torch_private
@@ -48,6 +48,19 @@ class FaultDesk:
     def repairs(self) -> bool:
         """Whether samples may be replaced, so that tasks need spares."""
         return self.policy.action != "raise" or bool(self.known_bad)
+
+    def refusal(self, samples: Iterable[Any]) -> WorkerError | None:
+        """With ``faults="raise"``: what a batch raises that needs a sample which has killed workers in this run. (One that
+        only the quarantine file lists is replaced.)"""
+        killers = self.quarantine.added
+        if self.policy.action != "raise" or not killers:
+            return None
+        for index in samples:
+            kind = killers.get(index_key(index))
+            if kind is not None:
+                text = f"sample {index!r} is not loaded again: it has killed workers in this run (kind {kind!r})"
+                return WorkerHangError(text, index=index) if kind == "hang" else WorkerCrashError(text, index=index)
+        return None
 
     def take(
         self,

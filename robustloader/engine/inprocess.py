@@ -231,7 +231,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._progress.read(task, self._spares, indices)
         begun = time.monotonic_ns()
         desk.budget.fetched(count_indices(indices) if batched else 1)
-        outcome = self._fetch(Fetch(0, task, indices, spares, avoid))
+        refusal = desk.refusal(samples)
+        outcome = Broken(refusal, Report()) if refusal else self._fetch(Fetch(0, task, indices, spares, avoid))
         rounds = 1
         while isinstance(outcome, Short):
             self._take(outcome.report, task)

@@ -37,7 +37,7 @@ from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worke
 from robustloader.engine.progress import Resumption
 from robustloader.engine.recovery import Recovery
 from robustloader.engine.resume import shard_progress
-from robustloader.errors import ResourceError, SampleError, WorkerStartError
+from robustloader.errors import FaultBudgetError, ResourceError, SampleError, WorkerStartError
 from robustloader.events import BatchInfo, TaskReplayed, TransportDegraded
 from robustloader.system import host, torch_private
 from robustloader.telemetry import EpochRecording
@@ -394,6 +394,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return
         task = self._books.open(indices)
         self._progress.read(task.id, self._books.spares, indices)
+        if task.arrived:
+            return
         if self._size_awaited and len(self._books.ledger) > UNSIZED_PREFETCH * len(self._crew.slots):
             self._held.append(task)
         else:
@@ -418,6 +420,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         held = list(self._held)
         self._held.clear()
         for task in held:
+            if task.arrived:  # it needs a sample that was convicted meanwhile
+                continue
+            if self._books.desk.known_bad:
+                self._books.avoid_known(task)
             if fits:
                 self._hand_out(task)
             else:
@@ -978,6 +984,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
     def _do_without(self, slot: Slot, error: str) -> None:
         """A process that the pool was to grow by cannot be had: that is no reason to stop, nor to try again."""
         self._crew.withdraw(slot, f"a further worker could not be started: {error}")
+        self._recovery.hand_on_trials(slot)
         self._widen()
         if self._adapter is not None:
             self._adapter.cannot_exceed(self._crew.size)
@@ -997,7 +1004,11 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         return slot is not None or bool(self._recovery.orphans)
 
     def _load_here(self) -> bool:
-        """Load one batch in this process: the oldest task, or the next of the first shard that waits."""
+        """Load one batch in this process: the oldest task, or the next of the first shard that waits.
+
+        What user code or a signal handler raises in here passes through, and costs nothing: the next call begins the
+        batch again, of a shard with a stream that is put where its last batch ended.
+        """
         self._end_holding()
         if self._take_pinned():
             return True
@@ -1012,26 +1023,40 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if self._stream_indices is None:
                 self._stream_indices = self.next_indices()
             task = self._books.open(self._stream_indices)
-        if self._stand_in is None:
-            self._stand_in = StandIn(
-                self._options,
-                collate_fn=self.collate_fn,
-                drop_last=self._drop_last,
-                worker_init_fn=self._worker_init_fn,
-                worker_id=slot.worker_id if slot is not None else 0,
-                num_workers=self.num_workers,
-                base_seed=self._stream_seed,
-                skip=slot.calls - calls_of(slot.snapshot) if slot is not None else 0,
-                rng=slot.rng if slot is not None else None,
-                snapshot=slot.snapshot if slot is not None else None,
-                indices=self._stream_indices,
-            )
+        stood = (slot.batches, slot.calls, slot.snapshot) if slot is not None else None
         task.attempt += 1
         try:
+            if self._stand_in is None:
+                self._stand_in = self._make_stand_in(slot)
             self._load_task(task, slot, self._stand_in)
-        except SampleError as error:  # the fault budget
+        except FaultBudgetError as error:
             self._books.raise_once(error)
+        except BaseException:
+            if self._books.ledger.get(task.id) is task and not task.arrived:
+                task.attempt -= 1
+                if slot is None or stood is None:
+                    self._books.requeue(task)
+                else:
+                    self._books.ledger.withdraw(task)
+                    self._stand_in = None  # nobody knows how far it has read
+                    slot.batches, slot.calls, slot.snapshot = stood
+            raise
         return True
+
+    def _make_stand_in(self, slot: Slot | None) -> StandIn:
+        return StandIn(
+            self._options,
+            collate_fn=self.collate_fn,
+            drop_last=self._drop_last,
+            worker_init_fn=self._worker_init_fn,
+            worker_id=slot.worker_id if slot is not None else 0,
+            num_workers=self.num_workers,
+            base_seed=self._stream_seed,
+            skip=slot.calls - calls_of(slot.snapshot) if slot is not None else 0,
+            rng=slot.rng if slot is not None else None,
+            snapshot=slot.snapshot if slot is not None else None,
+            indices=self._stream_indices,
+        )
 
     def _await_pinner(self) -> bool:
         """Nothing is left to load: the pin thread has the rest, and wakes the pool when it has pinned a batch."""
@@ -1064,6 +1089,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 self._look_ahead(task)
                 books.avoid_known(task)
         load_ns = time.monotonic_ns() - begun
+        if slot is not None:
+            slot.calls = stand_in.calls
         if isinstance(outcome, Ended):
             books.ledger.withdraw(task)
             ended = self._recovery.orphans.popleft()
@@ -1085,6 +1112,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if slot is not None:
                 result.shard, result.calls = slot.worker_id, stand_in.calls
                 result.snapshot = stand_in.snapshot()
+                if isinstance(result.snapshot, bytes):
+                    slot.snapshot = result.snapshot
             books.arrive(task, result)
 
     # --- the end

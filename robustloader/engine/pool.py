@@ -7,6 +7,7 @@ forked copy of the training process must not touch the original's workers.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import signal
@@ -29,7 +30,11 @@ from robustloader.worker.process import STACK_SIGNAL, Setup, run_worker
 
 __all__ = ["Died", "Happening", "NotStarted", "Pool", "Said", "Started", "Worker"]
 
+logger = logging.getLogger("robustloader")
+
 STOP_WITHIN_S = 5.0
+ABANDON_AFTER_S = 10.0
+"""A process that lives so long after SIGKILL hangs in the kernel."""
 _EOF_GRACE_S = 1.0
 _DESCRIPTORS_TO_START = 8
 """More than ``multiprocessing`` opens for a process, whatever the start method."""
@@ -76,6 +81,7 @@ class Worker:
         self.backlogged = False
         self.run = 0
         self.gone_ns = 0
+        self.killed_ns = 0
         self.silent_s = 0.0
         self.stack = ""
         self.silent_since: tuple[int, int | None] = (0, None)
@@ -140,6 +146,7 @@ class Worker:
     def kill(self, reason: str = "") -> None:
         """SIGKILL to the worker and the processes it started."""
         self.killed_for = self.killed_for or reason
+        self.killed_ns = self.killed_ns or time.monotonic_ns()
         pid = self.pid
         if pid is None:
             return
@@ -200,7 +207,8 @@ class Said(NamedTuple):
 
 
 class Died(NamedTuple):
-    """A worker process ended. ``reading`` is the last its beacon said; everything it had sent was handed out before."""
+    """A worker process ended, or was killed and will not end, then without exit code. ``reading`` is the last its beacon
+    said; everything it had sent was handed out before."""
 
     worker: Worker
     exitcode: int | None
@@ -393,6 +401,9 @@ class Pool:
             if worker.gone_ns and time.monotonic_ns() - worker.gone_ns > grace_s * 1e9:
                 worker.kill()  # it lives, but nobody can talk with it
         happenings.extend(self._bury(worker, happenings) for worker in dead)
+        for worker in list(self.workers):
+            if worker.killed_ns and time.monotonic_ns() - worker.killed_ns > ABANDON_AFTER_S * 1e9:
+                happenings.append(self._abandon(worker))
         return happenings
 
     def _take_outcomes(self) -> list[Started | NotStarted]:
@@ -430,6 +441,15 @@ class Pool:
         self._unwatch(worker)
         worker.close()
         return Died(worker, exitcode, reading)
+
+    def _abandon(self, worker: Worker) -> Died:
+        """The process was killed and does not end: it hangs in the kernel, in a device or file system that does not
+        answer. It ends when that call returns; until then its memory is its own."""
+        logger.warning("worker %d (pid %s) does not end, although killed, and is left", worker.worker_id, worker.pid)
+        reading = worker.beacon.read()
+        self._unwatch(worker)
+        worker.close()
+        return Died(worker, None, reading)
 
     # --- stopping
 

@@ -6,17 +6,18 @@ out. It never raises: what the trainer must hear of is left in the books.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from robustloader.decisions.blame import Cause, Judgement, Point
+from robustloader.decisions.blame import OUTSIDE_TRIALS, Cause, Judgement, Point
 from robustloader.decisions.keys import Key, index_key
 from robustloader.decisions.ledger import Task
 from robustloader.engine.books import Books
-from robustloader.engine.crew import Crew, Slot, TrialCase
+from robustloader.engine.crew import Crew, Label, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
-from robustloader.errors import ResourceError, WorkerError, WorkerHangError, WorkerStartError
+from robustloader.errors import ResourceError, WorkerCrashError, WorkerError, WorkerHangError, WorkerStartError
 from robustloader.events import FaultAction, FaultKind, FaultRecord, WorkerCrashed
 from robustloader.policies import RecoveryPolicy
 from robustloader.transport.messages import TRACEBACK_CHARS
@@ -50,6 +51,7 @@ class Recovery:
         self.orphans: deque[Slot] = deque()
         self.local = False
         self._local_reason = ""
+        self._vain_deaths = 0  # while closing in, in a row, with nothing in hand
         self._on_fall_back = on_fall_back
 
     # --- a death
@@ -91,8 +93,10 @@ class Recovery:
             return
         if task is None:
             self._requeue(lost)
+            self._vain_deaths += 1
             self._restart_or_shrink(slot, cause, None)
             return
+        self._vain_deaths = 0
         judgement = self._judge(task, position, key, cause, on_trial=case is not None)
         waiting = case.waiting if case is not None else []
         if judgement.action == "trial" and key is not None and position is not None:
@@ -103,6 +107,7 @@ class Recovery:
             self._requeue([other for other in lost if other not in suspected])
             self._restart_or_shrink(slot, cause, key)
             return
+        label: Label | None = key if key is not None else ("task", task.id)
         if judgement.action == "convict" and key is not None:
             self._convict(key, index, task, judgement, event, worker)
         elif judgement.action == "exclude" and position is not None:
@@ -113,12 +118,12 @@ class Recovery:
             task.careful = True
         self._requeue(waiting + lost)
         if judgement.action in ("convict", "exclude", "condemn"):
-            crew.spend(cause, key)
-            crew.forgive(key, judgement.refund)
+            crew.spend(cause, label)
+            crew.forgive(label, judgement.refund)
             crew.schedule(slot)
             self.check_suspects()
         else:
-            self._restart_or_shrink(slot, cause, key)
+            self._restart_or_shrink(slot, cause, label)
 
     def _on_shard_died(self, slot: Slot, lost: list[Task], event: WorkerCrashed, cause: Cause, died: Died) -> None:
         """A shard goes on from where its results end; one that dies there again and again ends."""
@@ -128,15 +133,16 @@ class Recovery:
             slot.orders.appendleft(order)
         point = _point_of(died.reading, self.books.run)
         deaths = slot.blame.died(point, cause, poison_after=self.policy.poison_after) if point is not None else 0
+        label = ("shard", slot.worker_id, slot.batches) if point is not None else None
         if not deaths:
-            self._restart_or_shrink(slot, cause, None)
+            self._restart_or_shrink(slot, cause, label)
             return
         reason = f"{deaths} of its processes died at the same point of the stream ({cause})"
         task = lost[0] if lost else Task(-1, None, [])
         self._record("poison", None, reason, task, deaths, event, "skipped", died.worker.stack)
         self.books.desk.end_shard(self.books.recording, slot.worker_id, slot.batches, reason)
-        self.crew.spend(cause, None)
-        self.crew.forgive(None, deaths)
+        self.crew.spend(cause, label)
+        self.crew.forgive(label, deaths)
         slot.ended, slot.state = True, "ended"
         self.books.withdraw_stream(slot.worker_id)
         slot.orders.clear()
@@ -170,6 +176,7 @@ class Recovery:
         action: FaultAction = "raised" if raises else "quarantined"
         self._record(kind, index, message, task, judgement.deaths, event, action, worker.stack)
         if not raises:
+            books.learn()
             return
         error: WorkerError = self.crew.crash_error(event)
         if event.cause == "hang":
@@ -181,9 +188,13 @@ class Recovery:
                 silent_s=worker.silent_s,
                 stack=worker.stack,
             )
-        for other in books.ledger:
-            if not other.arrived and key in map(index_key, other.samples):
-                books.fail(other, error)
+        self._fail_all_with(key, error)
+
+    def _fail_all_with(self, key: Key, error: WorkerError) -> None:
+        """With ``faults="raise"``: every batch under way that needs this sample raises."""
+        for task in self.books.ledger:
+            if not task.arrived and key in map(index_key, task.samples):
+                self.books.fail(task, copy.copy(error))  # each is raised once
 
     def _exclude(self, task: Task, position: int, judgement: Judgement, event: WorkerCrashed) -> None:
         """A sample kills in the company of others of its task, though not alone: this task does without it."""
@@ -268,8 +279,8 @@ class Recovery:
             for case in cases:
                 deaths = self.books.blame.deaths_of(case.key)
                 message = f"it was in hand when {deaths} workers died, and no process could be had to try it alone"
-                self.books.desk.quarantine.add(case.index, "crash")
                 self._enter(self._left_out(case.index, message, case.task, deaths))
+                self._do_without(case.index, message)
                 self._requeue(case.waiting)
         for task in self.books.ledger:
             if not task.arrived and self.books.suspected(task):
@@ -287,14 +298,29 @@ class Recovery:
         if not suspects and blame.deaths_on(task.id) < enough:
             blame.arrived(task.id, map(index_key, task.samples))
             return
-        task.avoid = tuple(sorted({*task.avoid, *(suspects or range(len(task.samples)))}))
         message = "workers died while it was in hand, and no process could be had to try it again"
         for index in [task.samples[place] for place in sorted(suspects)] or [None]:
             self._enter(self._left_out(index, message, task, task.attempt))
+            if index is not None:
+                self._do_without(index, message)
+        if not suspects and self.books.desk.policy.action == "raise":
+            self.books.fail(task, WorkerCrashError(f"batch {task.id}: {message}"))
+        elif not suspects:
+            task.avoid = tuple(range(len(task.samples)))
+            self.books.avoid_known(task)
         blame.arrived(task.id, map(index_key, task.samples))
+
+    def _do_without(self, index: Any, message: str) -> None:
+        """A suspect is never loaded again, though nothing is proved."""
+        self.books.desk.quarantine.add(index, "crash")
+        if self.books.desk.policy.action == "raise":
+            self._fail_all_with(index_key(index), WorkerCrashError(f"sample {index!r}: {message}", index=index))
+        else:
+            self.books.learn()
 
     def _left_out(self, index: Any, message: str, task: Task, deaths: int) -> FaultRecord:
         """What is recorded of a sample (or, without index, of a task) that is done without, unproved."""
+        actions: dict[str, FaultAction] = {"skip": "skipped", "raise": "raised"}
         return FaultRecord(
             kind="crash",
             index=index,
@@ -302,7 +328,7 @@ class Recovery:
             epoch=self.books.epoch,
             task=task.id,
             attempts=deaths,
-            action="skipped" if self.books.desk.policy.action == "skip" else "replaced",
+            action=actions.get(self.books.desk.policy.action, "replaced"),
         )
 
     # --- restarts, and fewer workers
@@ -331,14 +357,14 @@ class Recovery:
             self.crew.retire(slot, reason)
             self._hand_on(slot)
 
-    def _restart_or_shrink(self, slot: Slot, cause: Cause, key: Key | None, reason: str = "") -> None:
+    def _restart_or_shrink(self, slot: Slot, cause: Cause, label: Label | None, reason: str = "") -> None:
         assert self.policy is not None
-        credit = self.crew.spend(cause, key)
+        credit = self.crew.spend(cause, label)
         if self.books.closing:
-            if cause == "start":
+            if cause == "start" or self._vain_deaths > max(OUTSIDE_TRIALS, self.policy.max_restarts):
                 self._give_up_suspects()
             elif self._suspects_left():
-                self.crew.schedule(slot)  # outside the budget; blame bounds it
+                self.crew.schedule(slot)  # outside the budget; blame bounds it, or the count of deaths in vain
             else:
                 self._go_local()
             return
@@ -356,7 +382,8 @@ class Recovery:
             crew.budget.refill()
             self._hand_on(slot)
         else:
-            self._fall_back(f"no worker is left and the restart budget is spent ({reason})", slot)
+            least = f"the pool may not become smaller than min_workers={self.policy.min_workers}"
+            self._fall_back(f"{least} and the restart budget is spent ({reason})", slot)
 
     def _hand_on(self, slot: Slot) -> None:
         """A retired slot's suspects go to another slot; its shard waits for a place."""
@@ -366,9 +393,13 @@ class Recovery:
             if not slot.ended:
                 self.orphans.append(slot)
             return
-        heir = next((other for other in self.crew.slots if other.state not in ("retired", "ended", "reserve")), None)
-        if heir is not None:
-            heir.trials.extend(slot.trials)
+        self.hand_on_trials(slot)
+
+    def hand_on_trials(self, slot: Slot) -> None:
+        """The suspects of a slot that is not there any more go to another one, if possible one that has a process."""
+        heirs = [other for other in self.crew.slots if other.state not in ("retired", "ended", "reserve")]
+        if heirs:
+            min(heirs, key=lambda other: other.new).trials.extend(slot.trials)
             slot.trials.clear()
 
     def _fall_back(self, reason: str, slot: Slot | None, cause: BaseException | None = None) -> None:
@@ -384,6 +415,7 @@ class Recovery:
         self._local_reason = reason
         if slot is not None and not self.books.iterable and self._suspects_left():
             # Suspects are never loaded in the training process: one more process looks into them, outside the budget.
+            self._vain_deaths = 0
             self.books.close_in()
             crew.schedule(slot)
             return

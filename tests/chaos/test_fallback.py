@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from multiprocessing.context import ForkContext, ForkProcess
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,91 @@ def test_fork_refused_for_a_restart(kind: str) -> None:
     samples = flat(delivered)
     assert (samples if kind == "map" else sorted(samples)) == list(range(200))
     assert [event.workers for event in listener.of(PoolShrunk)] == [1, 0]
+
+
+class Interrupted(Numbers):
+    """Ctrl-C, once, while sample 13 is loaded."""
+
+    def __init__(self, size: int, told: list[int]) -> None:
+        super().__init__(size)
+        self.told = told
+
+    def load(self, index: int) -> Any:
+        interrupt_once(index, self.told)
+        return index
+
+
+class InterruptedStream(Stream):
+    """Likewise; a generator, which does not survive that."""
+
+    def __init__(self, size: int, told: list[int]) -> None:
+        super().__init__(size)
+        self.told = told
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InterruptedStream:
+        return InterruptedStream(self.size, self.told)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in list(super().__iter__()):
+            interrupt_once(number, self.told)
+            yield number
+
+
+def interrupt_once(index: int, told: list[int]) -> None:
+    if index == 13 and not told:
+        told.append(index)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("seeding", ["worker", "batch"])
+def test_an_interruption_costs_nothing_where_the_training_process_loads(
+    kind: str, in_order: bool, seeding: Any
+) -> None:
+    """Who catches it and asks on gets the interrupted batch, and then the others."""
+    told: list[int] = []
+    dataset: Any = Interrupted(30, told) if kind == "map" else InterruptedStream(30, told)
+    iterator = iter(
+        RobustDataLoader(
+            dataset,
+            batch_size=4,
+            num_workers=3,
+            in_order=in_order,
+            seeding=seeding,
+            multiprocessing_context=Refusing(0),
+        )
+    )
+    delivered, interrupted = [], 0
+    while True:
+        try:
+            delivered.append(next(iterator))
+        except StopIteration:
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 1
+    samples = flat(delivered)
+    assert (samples if kind == "map" else sorted(samples)) == list(range(30))
+
+
+@pytest.mark.parametrize("dataset", [Numbers(30), Stream(30)], ids=["map", "iterable"])
+def test_worker_init_fn_raises_in_the_training_process(dataset: Any) -> None:
+    """That is raised; who asks on has it called again, and loses nothing."""
+    calls = []
+
+    def init(worker_id: int) -> None:
+        calls.append(worker_id)
+        if len(calls) == 1:
+            raise OSError("the store does not answer")
+
+    loader = RobustDataLoader(
+        dataset, batch_size=4, num_workers=3, worker_init_fn=init, multiprocessing_context=Refusing(0)
+    )
+    iterator = iter(loader)
+    with pytest.raises(OSError, match="does not answer"):
+        next(iterator)
+    assert sorted(flat(iterator)) == list(range(30))
 
 
 def load_in_a_daemon(kind: str, answers: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from robustloader import FaultPolicy, RecoveryPolicy, RobustDataLoader, WorkerCrashed, WorkerHangError, WorkerHung
+from robustloader.engine import pool
+from robustloader.engine.pool import Worker
 from tests.support.datasets import Blocking, Numbers, Stream
 from tests.support.listener import Listener, flat
 from tests.support.peek import await_idle, pids
@@ -73,6 +75,34 @@ def test_a_stuck_worker_is_killed(method: str, options: dict[str, Any], tmp_path
     assert (summary.hangs, summary.crashes) == (1, 0)
     assert summary.restarts == 1 or method != "fork"
     assert not loader.fault_log
+
+
+def test_a_worker_that_cannot_be_killed_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As one that hangs in the kernel: SIGKILL has been sent and it goes on living. Its tasks are loaded without it."""
+
+    def send_nothing(worker: Worker, reason: str = "") -> None:
+        worker.killed_for = worker.killed_for or reason
+        worker.killed_ns = worker.killed_ns or time.monotonic_ns()
+
+    monkeypatch.setattr(Worker, "kill", send_nothing)
+    monkeypatch.setattr(pool, "ABANDON_AFTER_S", 0.5)
+    listener = Listener()
+    with Stuck(tmp_path) as stuck:
+        loader = RobustDataLoader(
+            stuck.dataset, batch_size=4, num_workers=2, telemetry=listener.policy, recovery=IMPATIENT
+        )
+        iterator = iter(loader)
+        processes = iterator.processes()
+        assert flat(iterator) == list(range(24))
+        pid = int(stuck.mailbox.take())
+        (left,) = [process for process in processes if process.pid == pid]
+        left.join()  # its lifeline is cut
+    (crash,) = listener.of(WorkerCrashed)
+    assert (crash.cause, crash.pid, crash.index, crash.exitcode) == ("hang", pid, 9, None)
+    assert not loader.fault_log
+    assert f"pid {pid}) does not end" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::robustloader.RobustLoaderWarning")

@@ -138,6 +138,30 @@ def test_poison_is_raised(place: str, faults: Any, tmp_path: Path) -> None:
     assert not death.seen_in_trainer
 
 
+@pytest.mark.parametrize("resumed_with", [0, 2])
+def test_poison_is_raised_in_each_epoch(resumed_with: int, tmp_path: Path) -> None:
+    """Without another death, in the next epoch and in a run that resumes this one, workers or not."""
+    death = Death(tmp_path, "SIGSEGV", times=None)
+    loader = deadly("item", death, recovery=QUICK, faults="raise")
+    check_raised(iter(loader), "killed|Segmentation|segfault")
+    deaths = death.count
+    check_raised(iter(loader), "sample 13 is not loaded again")
+    resumed = deadly("item", death, recovery=QUICK, faults="raise", num_workers=resumed_with)
+    resumed.load_state_dict(loader.state_dict())
+    check_raised(iter(resumed), "sample 13 is not loaded again")
+    assert death.count == deaths
+    assert not death.seen_in_trainer
+
+
+def check_raised(iterator: Any, words: str) -> None:
+    delivered = [next(iterator) for _ in range(3)]
+    with pytest.raises(WorkerCrashError, match=words) as caught:
+        next(iterator)
+    assert caught.value.index == 13
+    delivered += list(iterator)
+    assert flat(delivered) == [index for index in range(32) if not 12 <= index < 16]
+
+
 def test_poison_is_not_met_again(tmp_path: Path) -> None:
     """Not in the next epoch, not by another iterator, and with a quarantine file not in the next run."""
     path, log = tmp_path / "bad.jsonl", tmp_path / "log"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from robustloader import RecoveryPolicy, RobustDataLoader
-from tests.support.datasets import Numbers
+from tests.support.datasets import Numbers, note, noted
 from tests.support.listener import flat
 from tests.support.peek import pids
 from tests.support.watch import kill
@@ -175,3 +178,38 @@ def test_deaths_in_a_loader_that_a_thread_uses() -> None:
     thread.join()
     assert not errors
     assert delivered == list(range(64))
+
+
+class Garbage:
+    """Notes which process it is finalised in; part of a cycle, so that only the garbage collector finds it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.itself = self
+
+    def __del__(self) -> None:
+        note(self.path, os.getpid())
+
+
+class Collects(Numbers):
+    """Has its worker look for garbage."""
+
+    def load(self, index: int) -> Any:
+        gc.collect()
+        return index
+
+
+def test_the_trainers_garbage_is_not_finalised_in_workers(tmp_path: Path) -> None:
+    """What the training process has let go of when it forks is its own: a loader of torch's, say, whose end would reach
+    for workers that are not this worker's children."""
+    path = str(tmp_path / "finalised")
+    gc.disable()
+    try:
+        Garbage(path)
+        loader = RobustDataLoader(Collects(16), batch_size=4, num_workers=2, multiprocessing_context="fork")
+        assert flat(loader) == list(range(16))
+        assert noted(path) == []
+    finally:
+        gc.enable()
+    gc.collect()
+    assert noted(path) == [str(os.getpid())]

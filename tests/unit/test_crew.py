@@ -102,6 +102,39 @@ def test_silence_begins_anew_when_a_worker_is_ready(monkeypatch: pytest.MonkeyPa
     assert worker.silent_s < LIMIT_S / 10
 
 
+def test_only_what_was_explained_is_forgotten() -> None:
+    """A batch was condemned: the deaths of other samples and batches stay on the books, whichever came last."""
+    crew, _ = starting(RecoveryPolicy())
+    crew.spend("crash", 3)
+    for _ in range(2):
+        crew.spend("crash", ("task", 5))
+    crew.spend("killed", None)
+    crew.forgive(("task", 5), 2)
+    assert not crew.safe_in_process, "sample 3 would crash the training process"
+    crew.forgive(3, 1)
+    assert crew.safe_in_process
+
+
+def test_the_pool_grows_back_as_soon_as_its_credit_is_full() -> None:
+    """Deaths shortly before it would have grown put that off until their credit is back, and no longer."""
+    crew = Crew(SimPool(None, None), num_workers=2, policy=RecoveryPolicy(max_restarts=2), timeout_s=0, heals=True)  # type: ignore[arg-type]
+    crew.recording = types.SimpleNamespace(epoch=0, emit=lambda event: None, active_workers=2)  # type: ignore[assignment]
+    assert crew.start_all(lambda slot: {"run": 0}, 2) is None
+    crew.vacate(crew.slots[1])
+    crew.retire(crew.slots[1], "a test")
+    for _ in range(95):
+        crew.delivered()
+    for _ in range(2):
+        crew.spend("killed", None)
+    batches = 95
+    while crew.size == 1:
+        assert crew.slots[1].state == "retired"
+        crew.delivered()
+        batches += 1
+        assert batches <= 150
+    assert batches == 150
+
+
 def test_the_docstring_tells_of_every_attribute() -> None:
     """In one list: those that other modules read and set, too."""
     crew, _ = starting(RecoveryPolicy())
