@@ -67,7 +67,7 @@ class Slot:
     Attributes:
         state: "live" (there is a process), "waiting" (for its restart), "starting" (off the calling thread),
             "ended" (its shard has ended and its process has left), "retired" (the pool has shrunk), "reserve" (the pool
-            was made smaller by choice, and may grow into this slot again).
+            was made smaller by choice). The pool may grow into a slot in reserve or retired again.
         streak: deaths in a row without a finished task between them.
         leaving: why this slot's process goes once its tasks are done: "recycle" (another takes its place), "retire"
             (the pool goes on without it), "reserve" (likewise, by choice), or "" for none of it; ``held_bytes`` and
@@ -328,7 +328,7 @@ class Crew:
         for slot in [*self.slots, *(Slot(len(self.slots) + number, state="reserve") for number in range(added))]:
             if self.size == workers:
                 break
-            if slot.state != "reserve":
+            if slot.state not in ("reserve", "retired"):
                 continue
             if slot.worker_id == len(self.slots):
                 self.slots.append(slot)

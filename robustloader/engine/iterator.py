@@ -567,6 +567,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._put_ahead -= 1
         else:
             self._put()
+        if books.queue and not self._recovery.local:  # what nobody had room for; no message of a worker's may come now
+            self._feed_all()
         self._crew.delivered()
         self._progress.deliver(
             task.id,

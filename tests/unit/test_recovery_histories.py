@@ -43,7 +43,15 @@ class Here(Dataset):
 class History:
     """A loader over simulated workers, of which each dies that takes the bad sample in hand."""
 
-    def __init__(self, batches: list[list[int]], *, workers: Any = 2, faults: Any = "replace", **recovery: Any) -> None:
+    def __init__(
+        self,
+        batches: list[list[int]],
+        *,
+        workers: Any = 2,
+        faults: Any = "replace",
+        options: dict[str, Any] | None = None,
+        **recovery: Any,
+    ) -> None:
         self.kernel_kills = 0
         self.dataset = Here()
         self.listener = Listener()
@@ -57,6 +65,7 @@ class History:
             recovery=self.policy,
             memory=None,
             telemetry=self.listener.policy,
+            **(options or {}),
         )
         self.iterator: Any = iter(self.loader)
 
@@ -225,6 +234,21 @@ def test_a_condemned_batch_explains_its_own_deaths_only() -> None:
 def _works_on(worker: SimWorker, task: int) -> bool:
     order = worker.order
     return isinstance(order, Fetch) and order.task == task
+
+
+def test_the_last_batches_are_given_out_when_the_pool_has_shrunk() -> None:
+    """In any order: workers that wait for their batches to be taken have no room for what the sampler yields last, and
+    say nothing once they have."""
+    batches = [[0], [1], [2], [3]]
+    history = History(batches, workers=3, options={"in_order": False, "prefetch_factor": 1}, max_restarts=0)
+    history.come_up()
+    for worker in list(history.pool.workers):
+        history.pool.work(worker)
+        history.settle()
+        if worker.worker_id == 0:
+            history.die(worker)
+    assert len(history.pool.workers) == 2
+    assert sorted(history.rest()) == batches
 
 
 def test_with_raise_a_convicted_sample_is_raised_in_each_epoch() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch.utils.data import Dataset
 
 import robustloader.engine.iterator as engine
 from robustloader import RecoveryPolicy, RestartBudgetError, RobustDataLoader, WorkerCrashed
@@ -36,6 +37,22 @@ DEATHS = {"killed": -signal.SIGKILL, "crash": -signal.SIGSEGV, "exit": 3, "memor
 MOST_WORKERS = 5
 LETHAL_HERE = {"crash", "exit", "memory", "hang"}
 """What would take the training process along, so that it may not load in the workers' place."""
+
+
+class Here(Dataset):
+    """Loaded by the training process alone; ``forbidden`` are samples that it should not have."""
+
+    def __init__(self) -> None:
+        self.bad: Container[int] = ()
+        self.forbidden: list[int] = []
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> int:
+        if index in self.bad:
+            self.forbidden.append(index)
+        return index
 
 
 class Histories(RuleBasedStateMachine):
@@ -68,6 +85,7 @@ class Histories(RuleBasedStateMachine):
         in_process=st.booleans(),
         looks=st.booleans(),
         auto=st.booleans(),
+        shared=st.booleans(),
     )
     def begin(
         self,
@@ -78,6 +96,7 @@ class Histories(RuleBasedStateMachine):
         haunted: int,
         looks: bool,
         auto: bool = False,
+        shared: bool = False,
         **recovery: Any,
     ) -> None:
         # Whether a trainer that finds a batch ready listens to its workers first is a matter of the clock.
@@ -91,9 +110,14 @@ class Histories(RuleBasedStateMachine):
         self.auto = auto
         self.workers, self.prefetch, self.in_order, self.haunted = workers, prefetch, in_order, haunted
         self.policy = RecoveryPolicy(backoff_s=0, stall_report_s=None, start_timeout_s=None, **recovery)
+        self.batches = [[BATCH_SIZE * batch + place for place in range(BATCH_SIZE)] for batch in range(BATCHES)]
+        if shared:  # as when sampling with replacement
+            for batch in range(0, BATCHES, 2):
+                self.batches[batch][1] = haunted
+        self.dataset = Here()
         self.loader = RobustDataLoader(
-            range(SAMPLES),  # type: ignore[arg-type]
-            batch_size=BATCH_SIZE,
+            self.dataset,
+            batch_sampler=self.batches,
             num_workers=AutoWorkers(workers) if auto else workers,
             prefetch_factor=prefetch,
             in_order=in_order,
@@ -105,6 +129,7 @@ class Histories(RuleBasedStateMachine):
             telemetry=self.listener.policy,
             generator=torch.Generator().manual_seed(0),  # spares follow from it, and a history must repeat
         )
+        self.dataset.bad = self.loader._desk.known_bad
         if auto:
             assert self.loader._adaptation is not None
             self.workers = self.loader._adaptation.workers
@@ -268,6 +293,8 @@ class Histories(RuleBasedStateMachine):
             self.deaths.clear()
             self.listener.events.clear()
             self.iterator = again
+            if self.auto:
+                self.workers = self.loader._adaptation.workers  # type: ignore[union-attr]
             assert again._crew.size == again._crew.processes == self.workers, "not all workers are back"
         self.delivered.clear()
 
@@ -291,7 +318,7 @@ class Histories(RuleBasedStateMachine):
         assert info.index not in self.delivered, f"batch {info.index} came twice"
         assert not self.in_order or info.index == len(self.delivered), "out of order"
         self.delivered.append(info.index)
-        wanted = [BATCH_SIZE * info.index + place for place in range(BATCH_SIZE)]
+        wanted = self.batches[info.index]
         assert len(batch) == BATCH_SIZE
         for place, (sample, want) in enumerate(zip(batch, wanted, strict=True)):
             assert sample == want or info.replaced[place] == (want, sample), "a sample was changed without a word"
@@ -352,12 +379,17 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def only_the_proved_are_convicted(self) -> None:
-        """A conviction needs ``poison_after`` deaths with the sample in hand and one more, alone."""
+        """A conviction needs ``poison_after`` deaths with the sample in hand and one more, alone. A batch is left out
+        after that many deaths where no process can be had to try it again."""
         for record in self.loader.fault_log if hasattr(self, "loader") else ():
             if record.index is None:
-                assert self.task_deaths > self.policy.poison_after
+                assert self.task_deaths >= self.policy.poison_after + (record.kind == "poison")
             elif record.kind in ("poison", "hang"):
                 assert self.in_hand[record.index] > self.policy.poison_after
+
+    @invariant()
+    def the_training_process_loads_nothing_that_was_convicted(self) -> None:
+        assert not hasattr(self, "dataset") or not self.dataset.forbidden
 
     @invariant()
     def every_death_is_told_once(self) -> None:
