@@ -128,6 +128,7 @@ class Worker:
         """Give back every descriptor. Closing the lifeline ends the process if it still lives. If it is known to have
         ended, what nobody looks at of its arenas is given back as well."""
         self.channel.close()
+        self.lifeline.hand_over()
         self.lifeline.close()
         if self.pidfd is not None:
             os.close(self.pidfd)
@@ -148,11 +149,12 @@ class Worker:
         self.kill_group()
 
     def kill_group(self) -> None:
-        """SIGKILL to what is left of the worker's process group; call it before the worker is reaped."""
-        pid = self.pid
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if pid is not None and os.getpgid(pid) == pid:
-                os.killpg(pid, signal.SIGKILL)
+        """SIGKILL to what is left of the worker's process group, whether or not the worker was reaped.
+
+        By the lifeline, not by number: a fork server reaps a dead worker at once, and under fork and spawn the start of
+        any process does. From then on its number tells nothing, and may be somebody else's.
+        """
+        self.lifeline.cut()
 
     def take_stacks(self) -> str:
         """The worker's Python stacks as text, or what can be had of them within a second."""
