@@ -476,6 +476,8 @@ class Pool:
                 worker.process.join(1.0)  # one that cannot even be killed (a dead network mount) is left behind
             if worker.process.exitcode is not None:
                 worker.ended()
+            if worker.process.exitcode:  # it did not leave: it died, and nobody had noticed yet
+                worker.kill_group()
             worker.close()
         self.workers.clear()
         self._selector.close()

@@ -247,6 +247,20 @@ def test_a_worker_that_has_a_child_and_was_reaped(method: str, tmp_path: Path) -
         await_gone(child)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_has_a_child_and_whose_death_nobody_noticed(method: str, tmp_path: Path) -> None:
+    """The child goes when the iterator does."""
+    with Mailbox(tmp_path / "mailbox") as mailbox:
+        dataset = HasAChild(32, mailbox.path, Death(tmp_path, "SIGKILL"))
+        batches = iter(RobustDataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context=method))
+        next(batches)
+        child = processes([int(mailbox.take())])
+        for worker in pids(batches):
+            await_death(worker)
+        del batches
+        await_gone(child)
+
+
 def test_all_workers_at_once() -> None:
     """Nobody is left for a moment."""
     listener = Listener()
