@@ -296,24 +296,23 @@ class Pool:
         handler raises meanwhile is raised here, once the outcome is kept. Ctrl-C and SIGTERM are held back until then;
         a start that another signal cuts short has failed.
         """
-        aside = self.start_method != "fork"
+        order = worker_id, incarnation, details
+        if self.start_method == "fork":
+            with host.signals_held("fork"):
+                self._start_now(*order)
+            return
+        name = f"robustloader-start-{worker_id}"
+        try:
+            threading.Thread(target=self._start_now, args=order, name=name, daemon=True).start()
+        except RuntimeError as error:  # no thread, and nothing to close: the worker is made there
+            self._keep(NotStarted(worker_id, error))
+
+    def _start_now(self, worker_id: int, incarnation: int, details: dict[str, Any]) -> None:
         try:
             worker = Worker(worker_id, incarnation)
-            if aside:
-                name = f"robustloader-start-{worker_id}"
-                threading.Thread(target=self._start_now, args=(worker, details), name=name, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            self._keep(NotStarted(worker_id, error))
-            return
-        if not aside:
-            with host.signals_held("fork"):
-                self._start_now(worker, details)
-
-    def _start_now(self, worker: Worker, details: dict[str, Any]) -> None:
-        try:
             worker.start(self._context, self._make_setup, **details)
         except BaseException as error:
-            self._keep(NotStarted(worker.worker_id, error))
+            self._keep(NotStarted(worker_id, error))
             if not isinstance(error, Exception) and self.start_method == "fork":  # on the calling thread
                 raise
             return
