@@ -12,10 +12,12 @@ import selectors
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from multiprocessing import popen_fork
 from pickle import PicklingError
 from typing import Any, NamedTuple
 
@@ -113,7 +115,8 @@ class Worker:
                 process.start()
                 self.process, self._pid = process, process.pid
             self.pidfd = host.open_pidfd(process.pid)
-        except BaseException:
+        except BaseException as error:
+            _close_pipes_of_refused(error)
             self.close()
             if self.process is not None:  # a signal handler's: nobody will know of this process
                 self.kill()
@@ -192,6 +195,21 @@ def _want_descriptors() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(_DESCRIPTORS_TO_START):
             stack.callback(os.close, os.eventfd(0, os.EFD_CLOEXEC))
+
+
+def _close_pipes_of_refused(error: BaseException) -> None:
+    """Close what ``multiprocessing`` had opened for a process that the system then refused to fork.
+
+    Their numbers are in the frame that ``os.fork`` raised in, and nowhere else. A process object with a ``pid`` has its
+    process, and closes them itself.
+    *Source*: ``Popen._launch`` in ``multiprocessing/popen_fork.py`` of Python 3.11 to 3.14.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # Another frame's names are not looked at: a snapshot that holds the error would keep all of them alive.
+        if frame.f_globals is vars(popen_fork) and not hasattr(frame.f_locals["self"], "pid"):
+            for name in ("parent_r", "child_w", "child_r", "parent_w"):
+                if name in frame.f_locals:
+                    os.close(frame.f_locals[name])
 
 
 class Said(NamedTuple):

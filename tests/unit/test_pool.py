@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing as mp
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -45,3 +47,14 @@ def test_a_start_for_which_there_is_no_thread(pool: Pool, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     check_refused(pool, RuntimeError)
+
+
+@pytest.mark.parametrize("pool", ["fork"], indirect=True)
+def test_a_fork_that_is_refused(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipes that ``multiprocessing`` had made for the process are closed."""
+
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    check_refused(pool, BlockingIOError)
