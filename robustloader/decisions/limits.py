@@ -37,8 +37,9 @@ __all__ = [
 ]
 
 DESCRIPTORS_PER_WORKER = 10
-"""In the training process, for each worker: socket, pidfd, lifeline, stacks and the two ends of multiprocessing's
-sentinel are six; three more are open while a worker starts, and one is for the memory that batches cross in."""
+"""In the training process, for each worker: socket, pidfd, stacks, beacon, and two ends each of the lifeline and of
+multiprocessing's sentinel are eight; two more are open while a worker starts, and later one for the memory that batches
+cross in."""
 
 DESCRIPTORS_KEPT = 16
 """Left for the training process's own files, and for those a forked worker opens on top of what it inherits."""

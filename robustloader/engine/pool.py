@@ -13,10 +13,12 @@ import selectors
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from multiprocessing import popen_fork
 from pickle import PicklingError
 from typing import Any, NamedTuple
 
@@ -119,7 +121,8 @@ class Worker:
                 process.start()
                 self.process, self._pid = process, process.pid
             self.pidfd = host.open_pidfd(process.pid)
-        except BaseException:
+        except BaseException as error:
+            _close_pipes_of_refused(error)
             self.close()
             if self.process is not None:  # a signal handler's: nobody will know of this process
                 self.kill()
@@ -134,6 +137,7 @@ class Worker:
         """Give back every descriptor. Closing the lifeline ends the process if it still lives. If it is known to have
         ended, what nobody looks at of its arenas is given back as well."""
         self.channel.close()
+        self.lifeline.hand_over()
         self.lifeline.close()
         if self.pidfd is not None:
             os.close(self.pidfd)
@@ -155,11 +159,12 @@ class Worker:
         self.kill_group()
 
     def kill_group(self) -> None:
-        """SIGKILL to what is left of the worker's process group; call it before the worker is reaped."""
-        pid = self.pid
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if pid is not None and os.getpgid(pid) == pid:
-                os.killpg(pid, signal.SIGKILL)
+        """SIGKILL to what is left of the worker's process group, whether or not the worker was reaped.
+
+        By the lifeline, not by number: a fork server reaps a dead worker at once, and under fork and spawn the start of
+        any process does. From then on its number tells nothing, and may be somebody else's.
+        """
+        self.lifeline.cut()
 
     def take_stacks(self) -> str:
         """The worker's Python stacks as text, or what can be had of them within a second."""
@@ -197,6 +202,21 @@ def _want_descriptors() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(_DESCRIPTORS_TO_START):
             stack.callback(os.close, os.eventfd(0, os.EFD_CLOEXEC))
+
+
+def _close_pipes_of_refused(error: BaseException) -> None:
+    """Close what ``multiprocessing`` had opened for a process that the system then refused to fork.
+
+    Their numbers are in the frame that ``os.fork`` raised in, and nowhere else. A process object with a ``pid`` has its
+    process, and closes them itself.
+    *Source*: ``Popen._launch`` in ``multiprocessing/popen_fork.py`` of Python 3.11 to 3.14.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # Another frame's names are not looked at: a snapshot that holds the error would keep all of them alive.
+        if frame.f_globals is vars(popen_fork) and not hasattr(frame.f_locals["self"], "pid"):
+            for name in ("parent_r", "child_w", "child_r", "parent_w"):
+                if name in frame.f_locals:
+                    os.close(frame.f_locals[name])
 
 
 class Said(NamedTuple):
@@ -302,24 +322,23 @@ class Pool:
         handler raises meanwhile is raised here, once the outcome is kept. Ctrl-C and SIGTERM are held back until then;
         a start that another signal cuts short has failed.
         """
-        aside = self.start_method != "fork"
+        order = worker_id, incarnation, details
+        if self.start_method == "fork":
+            with host.signals_held("fork"):
+                self._start_now(*order)
+            return
+        name = f"robustloader-start-{worker_id}"
+        try:
+            threading.Thread(target=self._start_now, args=order, name=name, daemon=True).start()
+        except RuntimeError as error:  # no thread, and nothing to close: the worker is made there
+            self._keep(NotStarted(worker_id, error))
+
+    def _start_now(self, worker_id: int, incarnation: int, details: dict[str, Any]) -> None:
         try:
             worker = Worker(worker_id, incarnation)
-            if aside:
-                name = f"robustloader-start-{worker_id}"
-                threading.Thread(target=self._start_now, args=(worker, details), name=name, daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            self._keep(NotStarted(worker_id, error))
-            return
-        if not aside:
-            with host.signals_held("fork"):
-                self._start_now(worker, details)
-
-    def _start_now(self, worker: Worker, details: dict[str, Any]) -> None:
-        try:
             worker.start(self._context, self._make_setup, **details)
         except BaseException as error:
-            self._keep(NotStarted(worker.worker_id, error))
+            self._keep(NotStarted(worker_id, error))
             if not isinstance(error, Exception) and self.start_method == "fork":  # on the calling thread
                 raise
             return
@@ -494,6 +513,8 @@ class Pool:
                 worker.process.join(1.0)  # one that cannot even be killed (a dead network mount) is left behind
             if worker.process.exitcode is not None:
                 worker.ended()
+            if worker.process.exitcode:  # it did not leave: it died, and nobody had noticed yet
+                worker.kill_group()
             worker.close()
         self.workers.clear()
         self._selector.close()

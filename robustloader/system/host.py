@@ -179,28 +179,51 @@ class Lifeline:
     the read end's owner: the worker's process group, with SIGKILL. It reaches a worker stuck in C code and the
     worker's own children. ``PR_SET_PDEATHSIG`` would not do: under forkserver the parent is the server, and under fork
     it fires when the forking *thread* ends.
+
+    The training process keeps the read end, too. The pipe then outlives the worker, and :meth:`cut` reaches what a dead
+    one has left behind. The kernel keeps the owner as a reference to the group itself: once the worker is reaped, its
+    number may be somebody else's, and ``killpg`` would kill whoever that is.
+    *Source*: ``f_modown`` and ``send_sigio`` in Linux's ``fs/fcntl.c``.
     """
 
     def __init__(self) -> None:
         self.read_fd = self._write_fd = -1  # should os.pipe() fail
+        self._handed_over = False
         self.read_fd, self._write_fd = os.pipe()
         close_in_forked_children(self)
 
     def hand_over(self) -> None:
-        """Close the read end here: the worker has it."""
-        if self.read_fd >= 0:
-            os.close(self.read_fd)
-            self.read_fd = -1
+        """The worker has the read end, or never will: no process that is forked from here on needs it."""
+        self._handed_over = True
+
+    def cut(self) -> None:
+        """SIGKILL to the process group that holds it, whether or not its leader is still there; then let go.
+
+        A byte makes the read end ready although a process that was forked behind Python's back has the write end, too.
+        """
+        if self._write_fd >= 0:
+            with contextlib.suppress(OSError):  # no memory for the byte: closing needs none
+                os.write(self._write_fd, b"\0")
+            os.close(self._write_fd)
+            self._write_fd = -1
+        self.close()
 
     def close(self) -> None:
-        """Let go of the write end. In the training process this ends the worker."""
+        """Let go of it. In the training process this ends the worker, where it lives.
+
+        What one that left of its own accord has started may stay: the read end goes first, and with it, where nobody
+        else has it, the signal.
+        """
+        if self._handed_over and self.read_fd >= 0:
+            os.close(self.read_fd)
+            self.read_fd = -1
         if self._write_fd >= 0:
             os.close(self._write_fd)
             self._write_fd = -1
 
     def __del__(self) -> None:
-        self.close()
         self.hand_over()
+        self.close()
 
 
 def hold_lifeline(read_fd: int) -> None:

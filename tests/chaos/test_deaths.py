@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import random
 import signal
@@ -37,10 +38,9 @@ from tests.support.datasets import (
 )
 from tests.support.listener import BrokenSink, Listener, flat
 from tests.support.peek import await_bytes, await_idle, pids
-from tests.support.watch import Mailbox, await_gone, kill, post, processes
+from tests.support.watch import Mailbox, await_death, await_gone, kill, post, processes, until
 
-FORK = pytest.param("fork", id="fork")
-SLOW_STARTS = [pytest.param(method, id=method) for method in ("forkserver", "spawn")]
+METHODS = ("fork", "forkserver", "spawn")
 PLACES = ("item", "items", "collate", "encode", "init")
 SIGNALS = ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGBUS")
 CAUSES = {"SIGKILL": "killed", "SIGBUS": "shared memory", "exit 0": "exit", "exit 3": "exit"}
@@ -205,7 +205,7 @@ def test_a_finished_batch_and_then_a_death(tmp_path: Path) -> None:
 
 
 class HasAChild(Numbers):
-    """Sample 9 starts a child, tells a mailbox of it, and dies, the first time."""
+    """Sample 9 starts a program, tells a mailbox of it, and dies, the first time."""
 
     def __init__(self, size: int, mailbox: str, death: Death) -> None:
         super().__init__(size)
@@ -220,12 +220,45 @@ class HasAChild(Numbers):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "exit 0"])
-def test_the_death_of_a_worker_that_has_a_child(how: str, tmp_path: Path) -> None:
-    """It is noticed although the child lives on with the worker's descriptors, and the child goes with it."""
+@pytest.mark.parametrize("method", METHODS)
+def test_the_death_of_a_worker_that_has_a_child(method: str, how: str, tmp_path: Path) -> None:
+    """It is noticed although the child lives on, and the child goes with it."""
     with Mailbox(tmp_path / "mailbox") as mailbox:
         dataset = HasAChild(32, mailbox.path, Death(tmp_path, how))
-        assert flat(RobustDataLoader(dataset, batch_size=4, num_workers=1)) == list(range(32))
+        loader = RobustDataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context=method)
+        assert flat(loader) == list(range(32))
         await_gone(processes([int(mailbox.take())]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_has_a_child_and_was_reaped(method: str, tmp_path: Path) -> None:
+    """The child goes with it although its process id tells nothing any more: ``active_children``, like every start of
+    a process, reaps all that have ended."""
+    with Mailbox(tmp_path / "mailbox") as mailbox:
+        dataset = HasAChild(32, mailbox.path, Death(tmp_path, "SIGKILL"))
+        batches = iter(RobustDataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context=method))
+        delivered = [next(batches)]
+        (worker,) = pids(batches)
+        child = processes([int(mailbox.take())])
+        await_death(worker)
+        mp.active_children()
+        until(lambda: not processes([worker]), what="the end of the worker's number")
+        assert flat([*delivered, *batches]) == list(range(32))
+        await_gone(child)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_has_a_child_and_whose_death_nobody_noticed(method: str, tmp_path: Path) -> None:
+    """The child goes when the iterator does."""
+    with Mailbox(tmp_path / "mailbox") as mailbox:
+        dataset = HasAChild(32, mailbox.path, Death(tmp_path, "SIGKILL"))
+        batches = iter(RobustDataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context=method))
+        next(batches)
+        child = processes([int(mailbox.take())])
+        for worker in pids(batches):
+            await_death(worker)
+        del batches
+        await_gone(child)
 
 
 def test_all_workers_at_once() -> None:

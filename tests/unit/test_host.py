@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from robustloader.system import host
-from tests.support.watch import PATIENCE_S, await_gone, processes
+from tests.support.watch import PATIENCE_S, await_gone, is_gone, processes
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,45 @@ def test_a_lifeline_takes_a_process_and_its_child_along() -> None:
     await_gone(handles)
 
 
+def _leader_that_leaves_a_program(lifeline: host.Lifeline) -> int:
+    """Start a process that holds the lifeline, starts a program and ends, and reap it; the program's process id."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        host.hold_lifeline(lifeline.read_fd)
+        os.write(writer, b"%d\n" % subprocess.Popen(["sleep", "600"]).pid)
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as lines:
+        program = int(lines.readline())
+    lifeline.hand_over()
+    os.waitpid(pid, 0)
+    return program
+
+
+def test_cutting_a_lifeline_reaches_what_a_reaped_process_left() -> None:
+    """Also while somebody else has the write end; and twice does no harm."""
+    lifeline = host.Lifeline()
+    other_end = os.dup(lifeline._write_fd)
+    handles = processes([_leader_that_leaves_a_program(lifeline)])
+    lifeline.cut()
+    await_gone(handles)
+    lifeline.cut()
+    os.close(other_end)
+
+
+def test_closing_a_lifeline_spares_what_a_reaped_process_left() -> None:
+    """A process that left of its own accord may leave a program behind."""
+    lifeline = host.Lifeline()
+    (program,) = processes([_leader_that_leaves_a_program(lifeline)])
+    lifeline.close()
+    try:
+        assert not is_gone(program)
+    finally:
+        program.kill()
+        await_gone([program])
+
+
 def test_a_lifeline_cut_before_it_is_held() -> None:
     """The process leaves at once."""
     lifeline = host.Lifeline()
@@ -129,6 +168,29 @@ def test_a_later_forked_process_does_not_keep_a_lifeline() -> None:
         lifeline.hand_over()
         for fd in (*ready, *go):
             os.close(fd)
+
+
+def test_a_later_forked_process_does_not_keep_a_lifelines_descriptors() -> None:
+    """Neither end, once the worker has its own."""
+    lifeline = host.Lifeline()
+    fds = lifeline.read_fd, lifeline._write_fd
+    pipe = os.fstat(fds[0]).st_ino
+    lifeline.hand_over()
+    pid = os.fork()
+    if not pid:
+        kept = [fd for fd in fds if _leads_to(fd, pipe)]
+        os._exit(len(kept))
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    lifeline.close()
+    assert not [fd for fd in fds if _leads_to(fd, pipe)]
+
+
+def _leads_to(fd: int, inode: int) -> bool:
+    try:
+        return os.fstat(fd).st_ino == inode
+    except OSError:
+        return False
 
 
 def test_lifelines_close_when_collected() -> None:
