@@ -11,6 +11,7 @@ import logging
 import os
 import selectors
 import signal
+import stat
 import threading
 import time
 import traceback
@@ -208,15 +209,16 @@ def _close_pipes_of_refused(error: BaseException) -> None:
     """Close what ``multiprocessing`` had opened for a process that the system then refused to fork.
 
     Their numbers are in the frame that ``os.fork`` raised in, and nowhere else. A process object with a ``pid`` has its
-    process, and closes them itself.
+    process, and closes them itself. What is no pipe (any more) is not ours.
     *Source*: ``Popen._launch`` in ``multiprocessing/popen_fork.py`` of Python 3.11 to 3.14.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         # Another frame's names are not looked at: a snapshot that holds the error would keep all of them alive.
         if frame.f_globals is vars(popen_fork) and not hasattr(frame.f_locals["self"], "pid"):
             for name in ("parent_r", "child_w", "child_r", "parent_w"):
-                if name in frame.f_locals:
-                    os.close(frame.f_locals[name])
+                with contextlib.suppress(KeyError, OSError):
+                    if stat.S_ISFIFO(os.fstat(frame.f_locals[name]).st_mode):
+                        os.close(frame.f_locals[name])
 
 
 class Said(NamedTuple):
