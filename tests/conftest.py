@@ -58,6 +58,9 @@ def no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(no_hang: None) -> Iterator[None]:
-    """After a test there is no child process, descriptor, thread or shared memory that was not there before."""
-    with no_leaks():
+    """After a test there is no child process, descriptor, thread or shared memory that was not there before.
+
+    The end of an iterator of torch's waits up to five seconds for each of its workers, in the garbage collector too.
+    """
+    with no_leaks(settle_s=15.0):
         yield

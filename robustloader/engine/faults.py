@@ -50,8 +50,8 @@ class FaultDesk:
         return self.policy.action != "raise" or bool(self.known_bad)
 
     def refusal(self, samples: Iterable[Any]) -> WorkerError | None:
-        """With ``faults="raise"``: what a batch raises that needs a sample which has killed workers in this run. (One that
-        only the quarantine file lists is replaced.)"""
+        """With ``faults="raise"``: what a batch raises that needs a sample which has killed workers in this run. (One
+        that only the quarantine file lists is replaced.)"""
         killers = self.quarantine.added
         if self.policy.action != "raise" or not killers:
             return None

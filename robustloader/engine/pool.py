@@ -229,8 +229,8 @@ class Said(NamedTuple):
 
 
 class Died(NamedTuple):
-    """A worker process ended, or was killed and will not end, then without exit code. ``reading`` is the last its beacon
-    said; everything it had sent was handed out before."""
+    """A worker process ended, or was killed and will not end, then without exit code. ``reading`` is the last that its
+    beacon said; everything it had sent was handed out before."""
 
     worker: Worker
     exitcode: int | None

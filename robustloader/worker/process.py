@@ -133,9 +133,8 @@ class Setup:
 def run_worker(setup: Setup) -> None:
     """Entry point of a worker process. Returns when told to stop or when the trainer is gone.
 
-    What there is at the start, under fork all that the training process has, stays: the garbage collector need not look
-    at it, which would copy its pages under fork, finalise the training process's garbage here, and take half a second of
-    a processor at the end of a spawned process.
+    What there is at the start stays. The garbage collector does not look at it: under fork that would copy the training
+    process's pages and finalise its garbage here, and the end of a spawned process would take longer.
     """
     gc.freeze()
     host.hold_lifeline(setup.lifeline.take())

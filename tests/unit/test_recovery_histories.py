@@ -1,10 +1,9 @@
-"""Single histories over simulated workers, each one that once lost something: what is convicted stays out of the training
-process, suspects are not forgotten, and nothing goes on for ever."""
+"""Single histories over simulated workers: what is convicted stays out of the training process, suspects are not
+forgotten, and nothing goes on for ever."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from robustloader.decisions.workers import AutoWorkers
 from robustloader.system import host
 from robustloader.transport.messages import Fetch, Trial
 from robustloader.worker.beacon import Reading
-from tests.support.listener import Listener
+from tests.support.listener import Listener, flat
 from tests.support.simulation import IDLE, SimPool, SimWorker
 
 BAD = 7
@@ -126,11 +125,10 @@ class History:
 
 
 @pytest.fixture(autouse=True)
-def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated workers, and a trainer that always listens to them."""
     monkeypatch.setattr(engine, "Pool", SimPool)
     monkeypatch.setattr(engine, "_LOOK_EVERY_NS", -1)
-    yield
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -143,7 +141,7 @@ def test_what_is_convicted_last_is_not_loaded_in_the_training_process(workers: i
     batches = history.rest()
     assert BAD not in history.dataset.loaded
     assert [len(batch) for batch in batches] == [2] * 5
-    assert BAD not in sum(batches, [])
+    assert BAD not in flat(batches)
 
 
 def test_a_suspect_that_cannot_be_tried_is_not_loaded_in_the_training_process() -> None:
@@ -206,7 +204,7 @@ def test_the_trials_of_a_slot_that_never_came_to_be_are_held_elsewhere(monkeypat
         history.die(next(worker for worker in history.pool.workers if history.meets(worker)))
     history.pool.come_up(history.pool.starting[0], fails=True)
     history.settle()
-    assert sorted(sum(history.rest(), [])) == sorted(sum(batches, []))
+    assert sorted(flat(history.rest())) == sorted(flat(batches))
 
 
 def test_a_condemned_batch_explains_its_own_deaths_only() -> None:
