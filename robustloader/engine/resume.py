@@ -31,6 +31,7 @@ from robustloader.engine.streams import (
 from robustloader.errors import StateError, warn_user
 from robustloader.state import LoaderState, Setting, ShardState
 from robustloader.system import torch_private
+from robustloader.worker.sameness import same_pickles
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
 from robustloader.worker.stateful import StreamSnapshot, is_stateful, put_at_end, state_of, take_snapshot
 
@@ -158,7 +159,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
     if progress is None or progress.finished:
         sampler = stateful_sampler(loader)
         told, ended = state_of(sampler), None if progress is None else progress.ended
-        drain = ended is not None and pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL) == ended[0]
+        drain = ended is not None and same_pickles(pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL), ended[0])
         if drain and ended is not None:
             told = (pickle.loads(ended[1].state),)
         ends = _ends(loader, progress) if iterable and progress is not None else ()
@@ -431,7 +432,7 @@ def _warn_of_drawn(before: dict[str, tuple[Any, bytes]], after: dict[str, tuple[
     """Warn of those that gave the order of an epoch which was begun again. One that the sampler made anew did not."""
     for name, (generator, stood) in before.items():
         now, stands = after.get(name, (None, b""))
-        if now is generator and stands != stood:
+        if now is generator and not same_pickles(stands, stood):
             warn_user(
                 f"the sampler draws its order from {name}, which no state holds: unless it seeds it for each epoch, "
                 "the rest of this one may repeat samples and lack others; draw from a torch.Generator in its attribute "
