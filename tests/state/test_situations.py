@@ -170,6 +170,23 @@ def test_the_global_generators_are_left_alone() -> None:
     assert one == numbers(ours)
 
 
+@pytest.mark.filterwarnings("ignore:get_state and legacy can only be used with the MT19937")
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.Philox, np.random.SFC64])
+def test_numpys_global_generator_may_be_another_one(kind: Any) -> None:
+    """Its state may hold arrays then, and is the user's to keep; the order, which torch draws, is that of the run."""
+    theirs = np.random.get_bit_generator()
+    np.random.set_bit_generator(kind(3))
+    try:
+        ours, other = (RobustDataLoader(Numbers(12), 3, shuffle=True) for _ in range(2))
+        iterator = iter(ours)
+        head = numbers(itertools.islice(iterator, 1))
+        other.load_state_dict(ours.state_dict())
+        assert sorted(head + numbers(iterator)) == list(range(12))
+        assert sorted(head + numbers(other)) == list(range(12))
+    finally:
+        np.random.set_bit_generator(theirs)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("stop", [0, 2])
 @pytest.mark.parametrize("when", ["before", "after"])
