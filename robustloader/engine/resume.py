@@ -444,7 +444,7 @@ def _walk(
     reads: Any, indices: Iterator[Any], tasks: int, spares: SpareReservoir | None, *, batched: bool
 ) -> Iterator[Any]:
     """What remains of ``indices`` after the first ``tasks``."""
-    if type(reads) is BatchSampler:
+    if batched and type(reads) is BatchSampler:
         source: Any = range(len(reads.sampler)) if type(reads.sampler) is SequentialSampler else iter(reads.sampler)
         rest = _walk_flat(source, tasks, reads.batch_size, spares)
         batches: Iterator[Any] = iter(BatchSampler(rest, reads.batch_size, reads.drop_last))

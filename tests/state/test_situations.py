@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
 from robustloader import (
     ElasticDistributedBatchSampler,
@@ -212,6 +220,43 @@ def test_a_seed_between_loading_and_going_on_is_the_users_word(workers: int, sto
     if when == "after":
         torch.manual_seed(9)
     assert numbers(other) == expected
+
+
+class Table(Numbers):
+    """Is asked for whole batches; one with a bad number in it cannot be had."""
+
+    def __init__(self, bad: int) -> None:
+        super().__init__(40)
+        self.bad = bad
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.bad in index:
+            raise damaged(index)
+        return torch.tensor(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:sample .* was replaced")
+@pytest.mark.parametrize("order", [RandomSampler, SequentialSampler])
+def test_batches_that_the_dataset_is_asked_for(order: Any, workers: int) -> None:
+    """torch's bulk loading: an index is a whole batch, and so is what replaces one; after a resume it is the same."""
+
+    def make() -> RobustDataLoader[Any]:
+        drawn = {} if order is SequentialSampler else {"generator": torch.Generator().manual_seed(3)}
+        sampler = BatchSampler(order(range(40), **drawn), 4, False)
+        return RobustDataLoader(Table(bad), None, sampler=sampler, num_workers=workers)
+
+    bad = -1
+    bad = [batch.tolist() for batch in make()][7][0]
+    ours = make()
+    iterator = iter(ours)
+    list(itertools.islice(iterator, 5))
+    state = ours.state_dict()
+    rest = [batch.tolist() for batch in iterator]
+    assert list(map(len, rest)) == [4] * 5
+    other = make()
+    other.load_state_dict(state)
+    assert [batch.tolist() for batch in other] == rest
 
 
 def test_an_abandoned_epoch_goes_on() -> None:
