@@ -325,7 +325,7 @@ def open_next(loader: Any, journal: Journal) -> Opened | None:
 def _drain(loader: Any) -> None:
     """Read a sampler to the end of the epoch that its state is of."""
     with preserve_rng():
-        collections.deque(iter(_reads(loader)), maxlen=0)
+        collections.deque(map(once_only, _reads(loader)), maxlen=0)
 
 
 def _reads(loader: Any) -> Any:
@@ -395,7 +395,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         # saved run had: from there on these are where it, and whoever shares them, had left them.
         as_far = bool(generators) and state.sampler_reads > 0 and not state.sampler_state
         ahead = max(0, state.sampler_reads - state.delivered) if as_far else 1
-        indices = itertools.chain(list(itertools.islice(indices, ahead)), indices)
+        indices = itertools.chain(list(map(once_only, itertools.islice(indices, ahead))), indices)
         onward = rng_states() if unread else None
     if iterable or state.sampler_reads > 0:
         _set_generators(loader, state.generators_now)
@@ -450,19 +450,20 @@ def _walk(
         batches: Iterator[Any] = iter(BatchSampler(rest, reads.batch_size, reads.drop_last))
         return batches
     if not batched:
-        return _walk_flat(indices, tasks, 1, spares)
+        _walk_flat(map(once_only, indices), tasks, 1, spares)
+        return indices
     _pass_over(indices, range(tasks), spares, batched=True)
     return indices
 
 
 def _pass_over(indices: Iterator[Any], tasks: range, spares: SpareReservoir | None, *, batched: bool) -> None:
-    """Read these tasks, one by one."""
+    """Read these tasks, one by one, to the end of each: iterators may share what they read from."""
     for task in tasks:
-        batch = next(indices, None)
+        batch = once_only(next(indices, None))
         if batch is None:
             break
         if spares is not None:
-            spares.observe(task, as_list(once_only(batch), batched=batched))
+            spares.observe(task, as_list(batch, batched=batched))
             spares.close(task)
 
 

@@ -259,6 +259,76 @@ def test_batches_that_the_dataset_is_asked_for(order: Any, workers: int) -> None
     assert [batch.tolist() for batch in other] == rest
 
 
+class Slices:
+    """Batches are slices of one iterator, shuffled when it is first read."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Any:
+        numbers = self.order()
+        for _ in range(len(self)):
+            yield itertools.islice(numbers, 4)
+
+    def order(self) -> Any:
+        yield from torch.randperm(40, generator=self.generator).tolist()
+
+
+class KeptSlices(Slices):
+    """Keeps its place in its state, which is too large to be asked for after each batch."""
+
+    def __init__(self) -> None:
+        self.read, self.loaded, self.ballast = 0, 0, "x" * 9000
+
+    def order(self) -> Any:
+        first, self.loaded = self.loaded, 0
+        for self.read in range(first + 1, 41):
+            yield self.read - 1
+
+    def __iter__(self) -> Any:
+        numbers = self.order()
+        for _ in range(self.loaded // 4, len(self)):
+            yield itertools.islice(numbers, 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read, "ballast": self.ballast}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read = self.loaded = state["read"]
+
+
+@pytest.mark.parametrize("faults", ["raise", FaultPolicy()])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", [{"batch_sampler": Slices}, {"batch_sampler": KeptSlices}, {"sampler": Slices}])
+@pytest.mark.parametrize("stop", [0, 1, 5, 6, 10])
+def test_batches_of_indices_that_can_be_read_once(
+    how: dict[str, Any], workers: int, stop: int, faults: str | FaultPolicy
+) -> None:
+    """What was delivered is read to its end before what follows: no sample is lost, none comes twice."""
+
+    def make() -> RobustDataLoader[Any]:
+        options: dict[str, Any] = {name: kind() for name, kind in how.items()}
+        if "sampler" in options:
+            options["batch_size"] = None
+        dataset = Table(-1) if "sampler" in options else Numbers(40)
+        return RobustDataLoader(dataset, num_workers=workers, faults=faults, **options)
+
+    unbroken = make()
+    epochs = [[batch.tolist() for batch in unbroken] for _ in range(2)]
+    ours = make()
+    iterator = iter(ours)
+    head = [batch.tolist() for batch in itertools.islice(iterator, stop)]
+    state = ours.state_dict()
+    del iterator
+    other = make()
+    other.load_state_dict(state)
+    assert head + [batch.tolist() for batch in other] == epochs[0]
+    assert [batch.tolist() for batch in other] == epochs[1]
+
+
 def test_an_abandoned_epoch_goes_on() -> None:
     """The state outlives the iterator, and taking it starts nothing."""
     ours = RobustDataLoader(Numbers(30), 3, shuffle=True, num_workers=2)
