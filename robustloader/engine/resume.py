@@ -85,7 +85,8 @@ def _steps(loader: Any, reads: Any, state: LoaderState | None) -> int | None:
     """The length of what a loader reads its tasks from."""
     samplers = _with_epochs(loader)
     told = tuple(sampler.epoch for sampler in samplers)
-    if state is not None and not state.begun and any(sampler is reads for sampler in samplers):
+    varies = any(sampler is reads or _may_vary(sampler) for sampler in samplers)
+    if varies and state is not None and not state.begun:
         return None
     _tell_epochs(loader, state.sampler_epochs if state is not None else ())
     try:
@@ -94,6 +95,12 @@ def _steps(loader: Any, reads: Any, state: LoaderState | None) -> int | None:
         return None
     finally:
         _tell_epochs(loader, told)
+
+
+def _may_vary(sampler: Any) -> bool:
+    """Whether a sampler may have another length in each epoch, as none of torch's has."""
+    module = probe(probe(type(sampler), "__len__"), "__module__")
+    return not (isinstance(module, str) and module.startswith("torch."))
 
 
 def stateful_sampler(loader: Any) -> Any:
