@@ -13,6 +13,7 @@ from robustloader.decisions.keys import probe
 from robustloader.decisions.spares import SpareReservoir
 from robustloader.engine.streams import Standing, Streams
 from robustloader.state import Delivered, LoaderState
+from robustloader.worker.sameness import same_pickles
 
 __all__ = ["Beginning", "Journal", "Mark", "Opened", "Progress", "Resumption", "ShardProgress"]
 
@@ -160,7 +161,7 @@ class Progress:
         except Exception as error:  # no reason to end a run that may never ask for a state
             self.marks[task] = f"{type(error).__name__}: {error}"
             return
-        if task < 0 and self.before is not None and self.before[0] == mark.state:
+        if task < 0 and self.before is not None and same_pickles(self.before[0], mark.state):
             mark = Mark(self.before[1].state, mark.spares, drain=True)
         self.marks[task] = mark
         self._due = task + 1 + len(mark.state) // _MARK_BYTES

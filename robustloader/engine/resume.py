@@ -31,6 +31,7 @@ from robustloader.engine.streams import (
 from robustloader.errors import StateError, warn_user
 from robustloader.state import LoaderState, Setting, ShardState
 from robustloader.system import torch_private
+from robustloader.worker.sameness import same_pickles
 from robustloader.worker.seeding import preserve_rng, restore_rng, rng_states
 from robustloader.worker.stateful import StreamSnapshot, is_stateful, put_at_end, state_of, take_snapshot
 
@@ -84,7 +85,8 @@ def _steps(loader: Any, reads: Any, state: LoaderState | None) -> int | None:
     """The length of what a loader reads its tasks from."""
     samplers = _with_epochs(loader)
     told = tuple(sampler.epoch for sampler in samplers)
-    if state is not None and not state.begun and any(sampler is reads for sampler in samplers):
+    varies = any(sampler is reads or _may_vary(sampler) for sampler in samplers)
+    if varies and state is not None and not state.begun:
         return None
     _tell_epochs(loader, state.sampler_epochs if state is not None else ())
     try:
@@ -93,6 +95,12 @@ def _steps(loader: Any, reads: Any, state: LoaderState | None) -> int | None:
         return None
     finally:
         _tell_epochs(loader, told)
+
+
+def _may_vary(sampler: Any) -> bool:
+    """Whether a sampler may have another length in each epoch, as none of torch's has."""
+    module = probe(probe(type(sampler), "__len__"), "__module__")
+    return not (isinstance(module, str) and module.startswith("torch."))
 
 
 def stateful_sampler(loader: Any) -> Any:
@@ -158,7 +166,7 @@ def capture(loader: Any, journal: Journal, desk: FaultDesk, streams: Streams, *,
     if progress is None or progress.finished:
         sampler = stateful_sampler(loader)
         told, ended = state_of(sampler), None if progress is None else progress.ended
-        drain = ended is not None and pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL) == ended[0]
+        drain = ended is not None and same_pickles(pickle.dumps(told[0], pickle.HIGHEST_PROTOCOL), ended[0])
         if drain and ended is not None:
             told = (pickle.loads(ended[1].state),)
         ends = _ends(loader, progress) if iterable and progress is not None else ()
@@ -324,7 +332,7 @@ def open_next(loader: Any, journal: Journal) -> Opened | None:
 def _drain(loader: Any) -> None:
     """Read a sampler to the end of the epoch that its state is of."""
     with preserve_rng():
-        collections.deque(iter(_reads(loader)), maxlen=0)
+        collections.deque(map(once_only, _reads(loader)), maxlen=0)
 
 
 def _reads(loader: Any) -> Any:
@@ -394,7 +402,7 @@ def reopen(loader: Any, state: LoaderState, desk: FaultDesk) -> Resumption:
         # saved run had: from there on these are where it, and whoever shares them, had left them.
         as_far = bool(generators) and state.sampler_reads > 0 and not state.sampler_state
         ahead = max(0, state.sampler_reads - state.delivered) if as_far else 1
-        indices = itertools.chain(list(itertools.islice(indices, ahead)), indices)
+        indices = itertools.chain(list(map(once_only, itertools.islice(indices, ahead))), indices)
         onward = rng_states() if unread else None
     if iterable or state.sampler_reads > 0:
         _set_generators(loader, state.generators_now)
@@ -431,7 +439,7 @@ def _warn_of_drawn(before: dict[str, tuple[Any, bytes]], after: dict[str, tuple[
     """Warn of those that gave the order of an epoch which was begun again. One that the sampler made anew did not."""
     for name, (generator, stood) in before.items():
         now, stands = after.get(name, (None, b""))
-        if now is generator and stands != stood:
+        if now is generator and not same_pickles(stands, stood):
             warn_user(
                 f"the sampler draws its order from {name}, which no state holds: unless it seeds it for each epoch, "
                 "the rest of this one may repeat samples and lack others; draw from a torch.Generator in its attribute "
@@ -443,25 +451,26 @@ def _walk(
     reads: Any, indices: Iterator[Any], tasks: int, spares: SpareReservoir | None, *, batched: bool
 ) -> Iterator[Any]:
     """What remains of ``indices`` after the first ``tasks``."""
-    if type(reads) is BatchSampler:
+    if batched and type(reads) is BatchSampler:
         source: Any = range(len(reads.sampler)) if type(reads.sampler) is SequentialSampler else iter(reads.sampler)
         rest = _walk_flat(source, tasks, reads.batch_size, spares)
         batches: Iterator[Any] = iter(BatchSampler(rest, reads.batch_size, reads.drop_last))
         return batches
     if not batched:
-        return _walk_flat(indices, tasks, 1, spares)
+        _walk_flat(map(once_only, indices), tasks, 1, spares)
+        return indices
     _pass_over(indices, range(tasks), spares, batched=True)
     return indices
 
 
 def _pass_over(indices: Iterator[Any], tasks: range, spares: SpareReservoir | None, *, batched: bool) -> None:
-    """Read these tasks, one by one."""
+    """Read these tasks, one by one, to the end of each: iterators may share what they read from."""
     for task in tasks:
-        batch = next(indices, None)
+        batch = once_only(next(indices, None))
         if batch is None:
             break
         if spares is not None:
-            spares.observe(task, as_list(once_only(batch), batched=batched))
+            spares.observe(task, as_list(batch, batched=batched))
             spares.close(task)
 
 

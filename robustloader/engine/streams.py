@@ -12,6 +12,7 @@ import torch
 
 from robustloader.decisions.keys import probe
 from robustloader.errors import StateError
+from robustloader.worker.sameness import same_values
 from robustloader.worker.seeding import restore_rng, rng_states
 from robustloader.worker.stateful import is_stateful
 
@@ -136,7 +137,7 @@ class Standing(NamedTuple):
 
     def is_at(self, other: Standing) -> bool:
         """Whether both are the same place."""
-        return _same(self.streams, other.streams) and _same(tuple(self.generators), tuple(other.generators))
+        return same_values(self.streams, other.streams) and same_values(tuple(self.generators), tuple(other.generators))
 
     def encode(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The states as text."""
@@ -177,7 +178,7 @@ class Continuation:
     def heed(self) -> None:
         """Where the user's hand was seen, forget: it is the user's word."""
         for place, state in enumerate(rng_states()):
-            if not _same(state, self._marks[place]):
+            if not same_values(state, self._marks[place]):
                 self._states[place] = None
 
     @property
@@ -189,7 +190,7 @@ class Continuation:
         """What the next epoch would draw from."""
         states = list(rng_states())
         for place, state in enumerate(self._states):
-            if state is not None and _same(states[place], self._marks[place]):
+            if state is not None and same_values(states[place], self._marks[place]):
                 states[place] = state
         return states[0], states[1], states[2]
 
@@ -214,13 +215,3 @@ class Continuation:
 
 def _restore(states: list[Any]) -> None:
     restore_rng((states[0], states[1], states[2]))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, other)
-    return bool(one == other)

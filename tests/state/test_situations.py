@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
 from robustloader import (
     ElasticDistributedBatchSampler,
@@ -170,6 +178,23 @@ def test_the_global_generators_are_left_alone() -> None:
     assert one == numbers(ours)
 
 
+@pytest.mark.filterwarnings("ignore:get_state and legacy can only be used with the MT19937")
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.Philox, np.random.SFC64])
+def test_numpys_global_generator_may_be_another_one(kind: Any) -> None:
+    """Its state may hold arrays then, and is the user's to keep; the order, which torch draws, is that of the run."""
+    theirs = np.random.get_bit_generator()
+    np.random.set_bit_generator(kind(3))
+    try:
+        ours, other = (RobustDataLoader(Numbers(12), 3, shuffle=True) for _ in range(2))
+        iterator = iter(ours)
+        head = numbers(itertools.islice(iterator, 1))
+        other.load_state_dict(ours.state_dict())
+        assert sorted(head + numbers(iterator)) == list(range(12))
+        assert sorted(head + numbers(other)) == list(range(12))
+    finally:
+        np.random.set_bit_generator(theirs)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("stop", [0, 2])
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -195,6 +220,113 @@ def test_a_seed_between_loading_and_going_on_is_the_users_word(workers: int, sto
     if when == "after":
         torch.manual_seed(9)
     assert numbers(other) == expected
+
+
+class Table(Numbers):
+    """Is asked for whole batches; one with a bad number in it cannot be had."""
+
+    def __init__(self, bad: int) -> None:
+        super().__init__(40)
+        self.bad = bad
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.bad in index:
+            raise damaged(index)
+        return torch.tensor(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:sample .* was replaced")
+@pytest.mark.parametrize("order", [RandomSampler, SequentialSampler])
+def test_batches_that_the_dataset_is_asked_for(order: Any, workers: int) -> None:
+    """torch's bulk loading: an index is a whole batch, and so is what replaces one; after a resume it is the same."""
+
+    def make() -> RobustDataLoader[Any]:
+        drawn = {} if order is SequentialSampler else {"generator": torch.Generator().manual_seed(3)}
+        sampler = BatchSampler(order(range(40), **drawn), 4, False)
+        return RobustDataLoader(Table(bad), None, sampler=sampler, num_workers=workers)
+
+    bad = -1
+    bad = [batch.tolist() for batch in make()][7][0]
+    ours = make()
+    iterator = iter(ours)
+    list(itertools.islice(iterator, 5))
+    state = ours.state_dict()
+    rest = [batch.tolist() for batch in iterator]
+    assert list(map(len, rest)) == [4] * 5
+    other = make()
+    other.load_state_dict(state)
+    assert [batch.tolist() for batch in other] == rest
+
+
+class Slices:
+    """Batches are slices of one iterator, shuffled when it is first read."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Any:
+        numbers = self.order()
+        for _ in range(len(self)):
+            yield itertools.islice(numbers, 4)
+
+    def order(self) -> Any:
+        yield from torch.randperm(40, generator=self.generator).tolist()
+
+
+class KeptSlices(Slices):
+    """Keeps its place in its state, which is too large to be asked for after each batch."""
+
+    def __init__(self) -> None:
+        self.read, self.loaded, self.ballast = 0, 0, "x" * 9000
+
+    def order(self) -> Any:
+        first, self.loaded = self.loaded, 0
+        for self.read in range(first + 1, 41):
+            yield self.read - 1
+
+    def __iter__(self) -> Any:
+        numbers = self.order()
+        for _ in range(self.loaded // 4, len(self)):
+            yield itertools.islice(numbers, 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read, "ballast": self.ballast}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read = self.loaded = state["read"]
+
+
+@pytest.mark.parametrize("faults", ["raise", FaultPolicy()])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", [{"batch_sampler": Slices}, {"batch_sampler": KeptSlices}, {"sampler": Slices}])
+@pytest.mark.parametrize("stop", [0, 1, 5, 6, 10])
+def test_batches_of_indices_that_can_be_read_once(
+    how: dict[str, Any], workers: int, stop: int, faults: str | FaultPolicy
+) -> None:
+    """What was delivered is read to its end before what follows: no sample is lost, none comes twice."""
+
+    def make() -> RobustDataLoader[Any]:
+        options: dict[str, Any] = {name: kind() for name, kind in how.items()}
+        if "sampler" in options:
+            options["batch_size"] = None
+        dataset = Table(-1) if "sampler" in options else Numbers(40)
+        return RobustDataLoader(dataset, num_workers=workers, faults=faults, **options)
+
+    unbroken = make()
+    epochs = [[batch.tolist() for batch in unbroken] for _ in range(2)]
+    ours = make()
+    iterator = iter(ours)
+    head = [batch.tolist() for batch in itertools.islice(iterator, stop)]
+    state = ours.state_dict()
+    del iterator
+    other = make()
+    other.load_state_dict(state)
+    assert head + [batch.tolist() for batch in other] == epochs[0]
+    assert [batch.tolist() for batch in other] == epochs[1]
 
 
 def test_an_abandoned_epoch_goes_on() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from robustloader import RobustDataLoader, StateError
 from robustloader.decisions.spares import SpareReservoir
@@ -133,6 +133,89 @@ def test_a_batch_sampler_may_have_another_length_in_each_epoch(steps: int | None
         ours.batch_sampler.set_epoch(4)
     rest = [batch.tolist() for batch in other]
     assert ([] if steps is None else head) + rest == [batch.tolist() for batch in ours]
+
+
+class Growing(Sampler[int]):
+    """One index more in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 20 + self.epoch
+
+    def __iter__(self) -> Any:
+        return iter(range(len(self)))
+
+
+class Shared(DistributedSampler[int]):
+    """A rank's share in an order of one's own: as long as torch's."""
+
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__())[::-1])
+
+
+class Halves:
+    """A batch sampler around another one."""
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self.batch_sampler = batch_sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler) * 2
+
+    def __iter__(self) -> Any:
+        for batch in self.batch_sampler:
+            yield from (batch[:2], batch[2:])
+
+
+def growing(way: str) -> RobustDataLoader[Any]:
+    """A loader that draws from such a sampler by itself, through torch's batch sampler, or through another one."""
+    sampler = Growing()
+    if way == "sampler":
+        return RobustDataLoader(Numbers(40), 4, sampler=sampler)
+    batches: Any = BatchSampler(sampler, 4, False)
+    return RobustDataLoader(Numbers(40), batch_sampler=Halves(batches) if way == "around" else batches)
+
+
+@pytest.mark.parametrize("way", ["sampler", "given", "around"])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_sampler_may_have_another_length_in_each_epoch(steps: int | None, way: str) -> None:
+    """Between two epochs nobody knows which one is next, so that its length says nothing; within one it is compared."""
+    ours, other = growing(way), growing(way)
+    inner = [innermost(loader) for loader in (ours, other)]
+    inner[0].set_epoch(7)
+    iterator = iter(ours)
+    head = [batch.tolist() for batch in itertools.islice(iterator, steps)]
+    state = ours.state_dict()
+    if steps is not None:
+        with pytest.raises(StateError, match="sampler_length"):
+            other.load_state_dict(state | {"sampler_length": 99})
+    other.load_state_dict(state)
+    if steps is None:
+        inner[0].set_epoch(8)
+        inner[1].set_epoch(8)
+    rest = [batch.tolist() for batch in other]
+    assert ([] if steps is None else head) + rest == [batch.tolist() for batch in ours]
+
+
+def innermost(loader: Any) -> Growing:
+    """The sampler that a loader draws from in the end."""
+    batch_sampler = loader.batch_sampler
+    return getattr(batch_sampler, "batch_sampler", batch_sampler).sampler
+
+
+@pytest.mark.parametrize("kind", [DistributedSampler, Shared])
+def test_the_length_of_torchs_samplers_is_compared_between_epochs(kind: Any) -> None:
+    """It is the same in each: a run with another number of ranks is told so."""
+    ours, other = (
+        RobustDataLoader(Numbers(40), 4, sampler=kind(range(40), num_replicas=ranks, rank=0)) for ranks in (2, 4)
+    )
+    list(ours)
+    with pytest.raises(StateError, match="sampler_length"):
+        other.load_state_dict(ours.state_dict())
 
 
 @pytest.mark.parametrize("state", [None, 3, {}, {"schema": 99}, {"schema": SCHEMA}, {"schema": "1"}])
