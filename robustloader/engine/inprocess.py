@@ -306,7 +306,10 @@ class InProcessIterator(torch_private.LoaderIterator):
 
     def _take(self, report: Report | None, task: int) -> None:
         try:
-            self._desk.take(report, self._recording, task=task, worker_id=None, pid=None, batches=task)
+            shard, batches = self._fetcher.turn if isinstance(self._fetcher, Shards) else (0, task)
+            self._desk.take(
+                report, self._recording, task=task, worker_id=None, pid=None, shard=shard, batches=batches
+            )
         except SampleError as error:
             self._error = error
             self._close_recording(complete=False)
@@ -493,12 +496,12 @@ class Shards:
             )
             for number, shard in enumerate(shards)
         ]
+        self._batches = [shard.batches for shard in shards]
         self.last = (state.next_shard - 1) % len(shards)
         self.calls = 0
 
     def fetch(self, order: Fetch) -> Outcome:
         """Load the next batch of the shard whose turn it is."""
-        ended: Outcome = Ended(None)
         while any(self._stand_ins):
             self.last = (self.last + 1) % len(self._stand_ins)
             stand_in = self._stand_ins[self.last]
@@ -510,11 +513,18 @@ class Shards:
                 self.last -= 1  # this shard's turn is not over
                 return outcome
             if not isinstance(outcome, Ended):
+                self._batches[self.last] += isinstance(outcome, Loaded)
                 return outcome
             self._stand_ins[self.last] = None
             self._shards[self.last].final = 0
-            ended = outcome
-        return ended
+            if outcome.report is not None:  # the next call goes on with the others
+                return Short((), outcome.report)
+        return Ended(None)
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """The shard that was read last, and how many batches it has given."""
+        return self.last, self._batches[self.last]
 
     def snapshot(self) -> bytes | str | None:
         """Where the stream of the last shard stands."""

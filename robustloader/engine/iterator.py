@@ -770,6 +770,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 task=task.id,
                 worker_id=worker.worker_id,
                 pid=worker.pid,
+                shard=slot.worker_id,
                 batches=slot.batches,
             )
 
@@ -1078,6 +1079,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 task=task.id,
                 worker_id=None,
                 pid=os.getpid(),
+                shard=slot.worker_id if slot is not None else 0,
                 batches=slot.batches if slot is not None else 0,
             )
             if not isinstance(outcome, Short):

@@ -25,10 +25,12 @@ from robustloader import (
     RobustDataLoader,
     RobustLoaderWarning,
     SampleError,
+    ShardEnded,
     StateError,
     WorkerStartError,
 )
 from tests.support.datasets import Deadly, Death, Numbers, Raising, Random, Stream, damaged
+from tests.support.listener import Listener
 
 
 def numbers(batches: Any) -> list[int]:
@@ -574,6 +576,40 @@ def test_a_shard_that_died_out(tmp_path: Path, later: int) -> None:
     other.load_state_dict(state)
     assert numbers(other) == rest
     assert (death.count, death.seen_in_trainer) == (deaths, False)
+
+
+class Generated(IterableDataset):
+    """Shared out among the workers; the generator of one of them raises."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        assert info is not None
+        for number in range(info.id, 40, info.num_workers):
+            if number == self.bad:
+                raise damaged(number)
+            yield number
+
+
+@pytest.mark.parametrize("bad", [12, 13, 16, 17])
+@pytest.mark.parametrize("later", [0, 2])
+def test_a_share_that_ends_early_says_so(later: int, bad: int) -> None:
+    """Also where the training process loads the rest for several workers, and the other shares go on."""
+    listener = Listener()
+    ours = RobustDataLoader(Generated(bad), 4, num_workers=2, prefetch_factor=1)
+    iterator = iter(ours)
+    head = numbers([next(iterator)])
+    other = RobustDataLoader(Generated(bad), 4, num_workers=later, telemetry=listener.policy)
+    other.load_state_dict(ours.state_dict())
+    with pytest.warns(RobustLoaderWarning) as caught:
+        rest = numbers(other)
+    assert sorted(head + rest) == sorted([*range(bad % 2, bad, 2), *range(1 - bad % 2, 40, 2)])
+    (event,) = listener.of(ShardEnded)
+    assert (event.worker_id, event.batches) == (bad % 2, 2)
+    assert [fault.error_type for fault in other.fault_log] == ["Damaged"]
+    assert any("ended early" in str(warning.message) for warning in caught)
 
 
 class Speechless(IterableDataset):
