@@ -189,6 +189,10 @@ class InProcessIterator(torch_private.LoaderIterator):
         """Read the sampler once now: what it draws then belongs to the beginning of the epoch."""
         self._look_ahead(self._task + 1)
 
+    def note_held(self, held: bool) -> None:
+        """Tell whoever asks for a state."""
+        self._progress.held = held
+
     def next_batch(self) -> Any:
         """Load the next batch."""
         if self._error is not None:
@@ -307,9 +311,7 @@ class InProcessIterator(torch_private.LoaderIterator):
     def _take(self, report: Report | None, task: int) -> None:
         try:
             shard, batches = self._fetcher.turn if isinstance(self._fetcher, Shards) else (0, task)
-            self._desk.take(
-                report, self._recording, task=task, worker_id=None, pid=None, shard=shard, batches=batches
-            )
+            self._desk.take(report, self._recording, task=task, worker_id=None, pid=None, shard=shard, batches=batches)
         except SampleError as error:
             self._error = error
             self._close_recording(complete=False)

@@ -290,6 +290,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             for slot, shard in zip(self._crew.slots, self._progress.shards, strict=False):
                 shard.snapshot = slot.snapshot
 
+    def note_held(self, held: bool) -> None:
+        """Tell whoever asks for a state."""
+        self._progress.held = held
+
     def _start_details(self, slot: Slot) -> dict[str, Any]:
         return {
             "epoch": self._books.epoch,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
 import random
 import signal
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -348,8 +350,8 @@ class Told(BaseException):
 class Counting:
     """An iterator that counts."""
 
-    def __init__(self, alarm: int | None) -> None:
-        self.place, self.alarm = 0, alarm
+    def __init__(self, alarm: int | None, bad: int | None = None) -> None:
+        self.place, self.alarm, self.bad = 0, alarm, bad
 
     def __iter__(self) -> Any:
         return self
@@ -361,6 +363,8 @@ class Counting:
         if self.place == 40:
             raise StopIteration
         self.place += 1
+        if self.place - 1 == self.bad:
+            raise damaged(self.bad)
         return self.place - 1
 
 
@@ -375,13 +379,13 @@ class Keeping(Counting):
 
 
 class Counted(IterableDataset):
-    """Its iterator is a ``kind``; a signal comes at sample ``alarm``."""
+    """Its iterator is a ``kind``; a signal comes at sample ``alarm``, and sample ``bad`` raises."""
 
-    def __init__(self, kind: type[Counting], alarm: int | None = None) -> None:
-        self.kind, self.alarm = kind, alarm
+    def __init__(self, kind: type[Counting], alarm: int | None = None, bad: int | None = None) -> None:
+        self.kind, self.alarm, self.bad = kind, alarm, bad
 
     def __iter__(self) -> Any:
-        return self.kind(self.alarm)
+        return self.kind(self.alarm, self.bad)
 
 
 class Alarming:
@@ -753,6 +757,38 @@ def test_in_a_stream_with_a_long_damage(workers: int, later: int, steps: int) ->
     rest = loader(later)
     rest.load_state_dict(ours.state_dict())
     assert head + [batch.tolist() for batch in rest] == whole
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Raising(24, {9: damaged}), Counted(Counting, bad=9)])
+def test_a_warning_that_is_an_error(dataset: Any, workers: int, gone: bool) -> None:
+    """It comes in place of a batch, which is the next to come: of the iterator, or of whoever goes on instead."""
+
+    def make() -> RobustDataLoader[Any]:
+        ahead = 1 if workers else None
+        return RobustDataLoader(dataset, 4, num_workers=workers, prefetch_factor=ahead, faults="skip")
+
+    ours = make()
+    iterator = iter(ours)
+    head: list[int] = []
+    with pytest.raises(RobustLoaderWarning, match="cannot decode 9"):
+        head += numbers([next(iterator)])
+        head += numbers([next(iterator)])
+        head += numbers([next(iterator)])
+    if gone:
+        del iterator
+        gc.collect()
+    state = json.loads(json.dumps(ours.state_dict()))
+    assert state["delivered"] == 2
+    other = make()
+    other.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rest = numbers(other)
+        assert head == list(range(8))
+        assert gone or numbers(iterator) == rest
+    assert sorted({*rest, 9}) == list(range(8, 24 if isinstance(dataset, Raising) else 40))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
