@@ -202,6 +202,10 @@ class Progress:
             self._enter()
         self._pending = (task, shard, calls, loaded, snapshot)
 
+    def delivers(self, task: int) -> bool:
+        """Whether ``task`` is what was delivered last."""
+        return self._pending is not None and self._pending[0] == task
+
     def settle(self) -> None:
         """Enter what was delivered, unless the trainer has not got it yet."""
         if not self.held:

@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, 
 from robustloader import (
     ElasticDistributedBatchSampler,
     ElasticDistributedSampler,
+    FaultBudgetError,
     FaultPolicy,
     RecoveryPolicy,
     RobustDataLoader,
@@ -31,6 +32,7 @@ from robustloader import (
     StateError,
     WorkerStartError,
 )
+from robustloader.system import torch_private
 from tests.support.datasets import Deadly, Death, Numbers, Raising, Random, Stream, damaged
 from tests.support.listener import Listener
 
@@ -759,9 +761,84 @@ def test_in_a_stream_with_a_long_damage(workers: int, later: int, steps: int) ->
     assert head + [batch.tolist() for batch in rest] == whole
 
 
+class Pinned:
+    """A batch that is pinned as the user says: a signal comes meanwhile, once, at sample ``alarm``."""
+
+    def __init__(self, samples: list[int], alarm: Alarming) -> None:
+        self.samples, self.alarm = samples, alarm
+
+    def pin_memory(self) -> torch.Tensor:
+        return self.alarm(self.samples)
+
+
+@pytest.mark.parametrize("way", ["kept", "gone", "goes on"])
+@pytest.mark.parametrize("saved", [0, 2])
+@pytest.mark.parametrize("kind", [Counting, Keeping])
+def test_a_signal_handler_that_raises_while_a_batch_is_on_its_way(
+    kind: type[Counting], saved: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without workers, also where the rest is that of two: what was loaded, and given to nobody, is not lost."""
+    monkeypatch.setattr(torch_private, "pin_memory", lambda batch, device: batch.pin_memory())
+    alarm, end = Alarming(18), 40 * max(1, saved)
+
+    def tell(*_: Any) -> None:
+        raise Told
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        return RobustDataLoader(Counted(kind), 4, num_workers=workers, collate_fn=lambda part: Pinned(part, alarm))
+
+    state: dict[str, Any] = make(saved).state_dict()
+    head: list[int] = []
+    if saved:
+        begun = RobustDataLoader(Counted(kind), 4, num_workers=saved)
+        iterator = iter(begun)
+        head, state = numbers([next(iterator)]), begun.state_dict()
+        del iterator
+    ours = make(0)
+    ours.load_state_dict(state)
+    iterator = iter(ours)
+    iterator.pins = True
+    before = signal.signal(signal.SIGUSR1, tell)
+    try:
+        with pytest.raises(Told):
+            for batch in iterator:
+                head += numbers([batch])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    if way == "goes on":
+        assert sorted(head + numbers(iterator)) == sorted([*range(40)] * max(1, saved))
+        return
+    if way == "gone":
+        del iterator
+        gc.collect()
+    state = json.loads(json.dumps(ours.state_dict()))
+    assert state["delivered"] == len(head) // 4
+    other = RobustDataLoader(Counted(kind), 4)
+    other.load_state_dict(state)
+    rest = numbers(other)
+    assert len(head + rest) == end
+    assert sorted(head + rest) == sorted([*range(40)] * max(1, saved))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_budget_that_is_spent_loses_nothing(gone: bool) -> None:
+    """Without workers: its error comes in place of a batch, which is the first one of whoever goes on."""
+    ours = RobustDataLoader(Counted(Keeping, bad=9), 4, faults=FaultPolicy(action="skip", burst=0, max_fraction=0))
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 2))
+    with pytest.warns(RobustLoaderWarning), pytest.raises(FaultBudgetError):
+        next(iterator)
+    if gone:
+        del iterator
+        gc.collect()
+    other = RobustDataLoader(Counted(Keeping, bad=9), 4)
+    other.load_state_dict(json.loads(json.dumps(ours.state_dict())))
+    assert head + numbers(other) == [number for number in range(40) if number != 9]
+
+
 @pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("dataset", [Raising(24, {9: damaged}), Counted(Counting, bad=9)])
+@pytest.mark.parametrize("dataset", [Raising(24, {9: damaged}), Counted(Keeping, bad=9), Counted(Counting, bad=9)])
 def test_a_warning_that_is_an_error(dataset: Any, workers: int, gone: bool) -> None:
     """It comes in place of a batch, which is the next to come: of the iterator, or of whoever goes on instead."""
 
