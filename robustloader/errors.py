@@ -46,6 +46,7 @@ __all__ = [
     "hold_warnings",
     "release_warnings",
     "warn_user",
+    "warnings_held",
 ]
 
 
@@ -78,6 +79,11 @@ def release_warnings(held: list[str] | None) -> None:
     _local.held = None
     for text in held:
         warn_user(text)
+
+
+def warnings_held() -> bool:
+    """Whether there are warnings of this thread that :func:`release_warnings` will emit."""
+    return bool(getattr(_local, "held", None))
 
 
 def warn_user(text: str) -> None:

@@ -186,6 +186,8 @@ class RobustDataLoader(torch_private.HookedDataLoader, Generic[T_co]):
             iterator = super().__iter__()
             self._continuation.mark()
             return iterator
+        if loaded is not None and loaded.moves_datasets:  # persistent workers have datasets of a later state
+            self.drop_iterator()
         with self._continuation.in_place():
             self._journal.beginning = note_beginning(self)
             iterator = super().__iter__()

@@ -133,6 +133,11 @@ class LoaderState(Setting):
     faults: int = 0
     samples: int = 0
 
+    @property
+    def moves_datasets(self) -> bool:
+        """Whether it holds the state of a dataset, in the training process or in a worker."""
+        return bool(self.dataset_state) or any(shard.snapshot for shard in self.shards)
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, fresh as far as the loader's own values go."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}

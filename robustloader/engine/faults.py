@@ -70,9 +70,11 @@ class FaultDesk:
         task: int,
         worker_id: int | None,
         pid: int | None,
+        shard: int = 0,
         batches: int = 0,
     ) -> None:
-        """Enter what a worker reported about one task.
+        """Enter what a worker reported about one task; of an iterable dataset, one of ``shard``, which has given
+        ``batches``.
 
         Raises:
             FaultBudgetError: too many samples have failed.
@@ -88,7 +90,7 @@ class FaultDesk:
                 SampleReplaced(epoch=recording.epoch, task=task, position=position, wanted=wanted, used=used)
             )
         if report.ended:
-            self.end_shard(recording, worker_id or 0, batches, report.ended)
+            self.end_shard(recording, shard, batches, report.ended)
         if error is not None:
             raise error
 

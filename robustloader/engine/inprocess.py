@@ -23,7 +23,7 @@ from robustloader.engine.options import EngineOptions
 from robustloader.engine.progress import Resumption, ShardProgress
 from robustloader.engine.resume import shard_progress
 from robustloader.engine.streams import Standing, own_generators
-from robustloader.errors import SampleError, WorkerStartError
+from robustloader.errors import SampleError, WorkerStartError, warnings_held
 from robustloader.events import BatchInfo
 from robustloader.state import LoaderState
 from robustloader.system import host, torch_private
@@ -163,6 +163,9 @@ class InProcessIterator(torch_private.LoaderIterator):
             self._fetcher = self._resume_stream(loader, plan, resume)
         if not isinstance(self._fetcher, Shards):
             self._progress.stream = self._fetcher
+        self._stream = self._fetcher if not isinstance(self._fetcher, MapFetcher) else None
+        if isinstance(self._fetcher, IterableFetcher):
+            self._fetcher.keeps = True
         if resume is None:
             self._progress.opened = Standing.of(self._generators)
 
@@ -189,6 +192,10 @@ class InProcessIterator(torch_private.LoaderIterator):
         """Read the sampler once now: what it draws then belongs to the beginning of the epoch."""
         self._look_ahead(self._task + 1)
 
+    def note_held(self, held: bool) -> None:
+        """Tell whoever asks for a state."""
+        self._progress.held = held
+
     def next_batch(self) -> Any:
         """Load the next batch."""
         if self._error is not None:
@@ -208,13 +215,32 @@ class InProcessIterator(torch_private.LoaderIterator):
         return batch
 
     def _load(self) -> Any:
-        desk, batched = self._desk, self._options.batched
         indices = self._read()
         while self._task in self._taken:
             self._pass_over(indices)
             indices = self._read()
         task = self._task
         self._task += 1
+        stream = self._stream
+        if stream is None:
+            return self._load_task(task, indices)
+        stream.let_go()
+        try:
+            batch = self._load_task(task, indices)
+        except Exception:  # the trainer's error; a state that is taken before the next batch has the samples
+            raise
+        except BaseException:  # Ctrl-C, say
+            if not self._progress.delivers(task):
+                stream.put_back()
+                self._ahead.insert(0, indices)
+                self._task = task
+            raise
+        if not warnings_held():  # one that is an error comes in place of the batch
+            stream.let_go()
+        return batch
+
+    def _load_task(self, task: int, indices: Any) -> Any:
+        desk, batched = self._desk, self._options.batched
         samples: list[Any] = []
         avoid: tuple[int, ...] = ()
         spares: tuple[Any, ...] = ()
@@ -252,6 +278,10 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._take(outcome.report, task)
         if isinstance(outcome, Ended):
             raise StopIteration
+        batch, nbytes = None, 0
+        if isinstance(outcome, Loaded):
+            batch = torch_private.pin_memory(outcome.batch, self.pin_device) if self.pins else outcome.batch
+            nbytes = batch_nbytes(batch, most=LOOKED_AT)
         sharded = isinstance(self._fetcher, Shards)
         self._progress.deliver(
             task,
@@ -265,8 +295,7 @@ class InProcessIterator(torch_private.LoaderIterator):
         assert isinstance(outcome, Loaded)
         report = outcome.report or Report()
         self._recording.worker_task(None, outcome.samples, load_ns, 0, task, None, begun)
-        batch = outcome.batch
-        self._recording.delivered(outcome.samples, batch_nbytes(batch, most=LOOKED_AT))
+        self._recording.delivered(outcome.samples, nbytes)
         self.batch_info = BatchInfo(
             index=task,
             indices=() if self._options.iterable else loaded_indices(as_list(indices, batched=batched), report),
@@ -274,7 +303,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             skipped=report.skipped,
             load_s=load_ns / 1e9,
         )
-        return torch_private.pin_memory(batch, self.pin_device) if self.pins else batch
+        return batch
 
     def _read(self) -> Any:
         return self._ahead.pop(0) if self._ahead else self._read_on()
@@ -306,7 +335,8 @@ class InProcessIterator(torch_private.LoaderIterator):
 
     def _take(self, report: Report | None, task: int) -> None:
         try:
-            self._desk.take(report, self._recording, task=task, worker_id=None, pid=None, batches=task)
+            shard, batches = self._fetcher.turn if isinstance(self._fetcher, Shards) else (0, task)
+            self._desk.take(report, self._recording, task=task, worker_id=None, pid=None, shard=shard, batches=batches)
         except SampleError as error:
             self._error = error
             self._close_recording(complete=False)
@@ -347,9 +377,11 @@ class InProcessIterator(torch_private.LoaderIterator):
         self._close_recording(complete=complete)
         if self._progress.stream is not None and not self._progress.finished:
             with contextlib.suppress(Exception):  # a user's state_dict, where it can be told to nobody
-                taken = take_snapshot(self._progress.stream, with_rng=False)
+                self._progress.settle()
+                shard = self._progress.shards[0]
+                taken = take_snapshot(self._progress.stream, with_rng=False, delivered=shard.calls)
                 if taken is not None:
-                    self._progress.shards[0].snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
+                    shard.snapshot = pickle.dumps(taken, pickle.HIGHEST_PROTOCOL)
         self._progress.stream = None
 
     def __del__(self) -> None:
@@ -382,6 +414,7 @@ class StandIn:
         indices: Any = None,
         rng: Any = None,
         snapshot: bytes | None = None,
+        keeps: bool = False,
     ) -> None:
         self._options = options
         self._base_seed = base_seed
@@ -419,6 +452,18 @@ class StandIn:
             self._fetcher = make_fetcher(plan) if snapshot is None else restored_fetcher(plan, pickle.loads(snapshot))
             for _ in range(skip):
                 self._fetcher.fetch(Fetch(0, -1, indices))
+        if isinstance(self._fetcher, IterableFetcher):
+            self._fetcher.keeps = keeps
+
+    def put_back(self) -> None:
+        """The batch of a stream that was loaded last got nowhere: the next call makes it again."""
+        if isinstance(self._fetcher, IterableFetcher):
+            self._fetcher.put_back()
+
+    def let_go(self) -> None:
+        """It will not be put back."""
+        if isinstance(self._fetcher, IterableFetcher):
+            self._fetcher.let_go()
 
     @property
     def calls(self) -> int:
@@ -490,31 +535,55 @@ class Shards:
                 indices=indices,
                 rng=shard.rng,
                 snapshot=shard.snapshot,
+                keeps=True,
             )
             for number, shard in enumerate(shards)
         ]
+        self._batches = [shard.batches for shard in shards]
         self.last = (state.next_shard - 1) % len(shards)
         self.calls = 0
+        self._again = False  # whether that shard's turn is not over
 
     def fetch(self, order: Fetch) -> Outcome:
         """Load the next batch of the shard whose turn it is."""
-        ended: Outcome = Ended(None)
         while any(self._stand_ins):
-            self.last = (self.last + 1) % len(self._stand_ins)
+            if not self._again:
+                self.last = (self.last + 1) % len(self._stand_ins)
+            self._again = False
             stand_in = self._stand_ins[self.last]
             if stand_in is None:
                 continue
             outcome = stand_in.fetch(order, self._epoch)
             self.calls = stand_in.calls
             if isinstance(outcome, Short):
-                self.last -= 1  # this shard's turn is not over
+                self._again = True
                 return outcome
             if not isinstance(outcome, Ended):
+                self._batches[self.last] += isinstance(outcome, Loaded)
                 return outcome
             self._stand_ins[self.last] = None
             self._shards[self.last].final = 0
-            ended = outcome
-        return ended
+            if outcome.report is not None:  # the next call goes on with the others
+                return Short((), outcome.report)
+        return Ended(None)
+
+    def put_back(self) -> None:
+        """The batch that was loaded last got nowhere: the next call makes it again."""
+        stand_in = self._stand_ins[self.last]
+        if stand_in is not None:
+            stand_in.put_back()
+            self._again = True
+
+    def let_go(self) -> None:
+        """It will not be put back."""
+        stand_in = self._stand_ins[self.last]
+        if stand_in is not None:
+            stand_in.let_go()
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """The shard that was read last, and how many batches it has given."""
+        return self.last, self._batches[self.last]
 
     def snapshot(self) -> bytes | str | None:
         """Where the stream of the last shard stands."""

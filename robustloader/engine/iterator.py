@@ -290,6 +290,10 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             for slot, shard in zip(self._crew.slots, self._progress.shards, strict=False):
                 shard.snapshot = slot.snapshot
 
+    def note_held(self, held: bool) -> None:
+        """Tell whoever asks for a state."""
+        self._progress.held = held
+
     def _start_details(self, slot: Slot) -> dict[str, Any]:
         return {
             "epoch": self._books.epoch,
@@ -770,6 +774,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 task=task.id,
                 worker_id=worker.worker_id,
                 pid=worker.pid,
+                shard=slot.worker_id,
                 batches=slot.batches,
             )
 
@@ -1078,6 +1083,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
                 task=task.id,
                 worker_id=None,
                 pid=os.getpid(),
+                shard=slot.worker_id if slot is not None else 0,
                 batches=slot.batches if slot is not None else 0,
             )
             if not isinstance(outcome, Short):

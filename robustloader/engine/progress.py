@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -107,8 +106,8 @@ class ShardProgress:
 class Progress:
     """One epoch of one iterator. *Runs in* the thread that calls ``next()``.
 
-    A delivery is entered when the next one comes or when somebody asks, unless the iterator still ``holds`` the batch
-    (a warning was raised in its place): the trainer has not got it then.
+    A delivery is entered when the next one comes or when somebody asks, unless the batch is ``held`` (a warning was
+    raised in its place): the trainer has not got it then, and never will where the iterator is given up.
 
     Attributes:
         beginning: random states before the epoch began.
@@ -142,7 +141,7 @@ class Progress:
     ended: tuple[bytes, Mark] | None = None
     before: tuple[bytes, Mark] | None = None
     stream: Any = None
-    holds: Callable[[], bool] = bool
+    held: bool = False
     _pending: tuple[int, int, int, bool, bytes | str | None] | None = None
     _due: int = -1
 
@@ -204,9 +203,13 @@ class Progress:
             self._enter()
         self._pending = (task, shard, calls, loaded, snapshot)
 
+    def delivers(self, task: int) -> bool:
+        """Whether ``task`` is what was delivered last."""
+        return self._pending is not None and self._pending[0] == task
+
     def settle(self) -> None:
         """Enter what was delivered, unless the trainer has not got it yet."""
-        if not self.holds():
+        if not self.held:
             self._enter()
 
     def _enter(self) -> None:
@@ -296,8 +299,6 @@ class Journal:
             batch_size=batch_size,
             before=self.drained if self.loaded is not None or self.progress is None else self.progress.ended,
         )
-        owner = weakref.ref(iterator)
-        progress.holds = lambda: (held := owner()) is not None and held.holds_batch
         if iterable:
             progress.shards = [ShardProgress() for _ in range(max(1, progress.workers))]
         if resume is not None and state is not None:

@@ -221,8 +221,8 @@ def _shard_state(shard: ShardProgress, stream: Any) -> ShardState:
     if shard.final is not None and shard.batches >= shard.final:
         return ShardState(calls=shard.calls, batches=shard.batches, ended=True, snapshot=_plain(shard.end))
     taken: StreamSnapshot | None = None
-    if stream is not None:  # of this process: it stands where the trainer is
-        taken = take_snapshot(stream, with_rng=False)
+    if stream is not None:  # of this process: it stands where the trainer is, or one batch ahead
+        taken = take_snapshot(stream, with_rng=False, delivered=shard.calls)
     elif shard.untold:
         raise StateError(
             f"state_dict() of the dataset, or of its iterator, failed in a worker: {shard.untold}", found=shard.untold

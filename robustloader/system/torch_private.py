@@ -343,10 +343,8 @@ class LoaderIterator(_BaseDataLoaderIter):
             else:
                 self._sampler_iter = iter(self._index_sampler)
 
-    @property
-    def holds_batch(self) -> bool:
-        """Whether a batch is kept that a warning was raised in place of."""
-        return bool(self._kept)
+    def note_held(self, held: bool) -> None:
+        """Whether a batch is held from here on that a warning was raised in place of."""
 
     def processes(self) -> list[Any]:
         """The worker processes, in the order of their ids."""
@@ -365,6 +363,7 @@ class LoaderIterator(_BaseDataLoaderIter):
 
     def _next_data(self) -> Any:
         if self._kept:
+            self.note_held(False)
             return self._kept.pop()
         held = hold_warnings()
         try:
@@ -380,6 +379,7 @@ class LoaderIterator(_BaseDataLoaderIter):
             release_warnings(held)
         except BaseException:
             self._kept.append(batch)  # the warning is an error to the user; the batch comes next
+            self.note_held(True)
             raise
         return batch
 

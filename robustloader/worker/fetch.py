@@ -520,6 +520,8 @@ class IterableFetcher:
         calls: how often ``fetch`` has read a batch from the stream. As many calls put a successor where this one is.
         values: samples that were read for a batch that is not finished. Where a signal handler raised, the next call
             goes on with them.
+        keeps: whether a batch may have to be put back, because an exception kept the trainer from getting it.
+        loaded: None, or how many calls there were before the batch that was loaded last, and its samples.
         stream: what ``iter(dataset)`` returned.
 
     *Source*: ``_IterableDatasetFetcher`` in ``torch/utils/data/_utils/fetch.py``, torch 2.13.
@@ -530,6 +532,8 @@ class IterableFetcher:
     calls: int = 0
     stream: Iterator[Any] = field(init=False)
     values: list[Any] = field(default_factory=list)
+    keeps: bool = False
+    loaded: tuple[int, list[Any]] | None = None
     _collated: list[Any] = field(default_factory=list)
     _reason: str = ""
 
@@ -575,9 +579,20 @@ class IterableFetcher:
                     out = set(misfits)
                     self.values = [value for place, value in enumerate(values) if place not in out]
                     continue
+            if self.keeps:
+                self.loaded = self.calls, values
             self.values = []
             self._collated = values if plan.batched and not plan.drop_last else []  # in case it cannot be encoded
             return Loaded(batch, len(values), self._report(faults) if faults or self._reason else None)
+
+    def put_back(self) -> None:
+        """The batch that was loaded last got nowhere: the next call makes it again, of the same samples."""
+        if self.loaded is not None:
+            (self.calls, self.values), self.loaded = self.loaded, None
+
+    def let_go(self) -> None:
+        """The batch that was loaded last will not be put back."""
+        self.loaded = None
 
     def repair_unpicklable(self, order: Fetch, error: BaseException) -> Outcome:
         """The batch could not be encoded: a smaller one without the samples at fault, or the next where none is left.

@@ -30,7 +30,7 @@ class StreamSnapshot(NamedTuple):
         ended: whether it has come to its end.
         dataset, stream: empty, or the state of the dataset, and of the iterator that ``iter(dataset)`` returned.
         rng: the process's random states; None where these are not the stream's own.
-        values: samples of the next batch that had been read when a signal handler raised.
+        values: samples of the next batch that had been read when an exception kept the trainer from getting it.
         over: whether the dataset's state is of the end of the epoch before: nothing has been read of this one.
     """
 
@@ -56,12 +56,16 @@ def state_of(thing: Any, *, copied: bool = True) -> tuple[Any, ...]:
     return (copy.deepcopy(state) if copied else state,)
 
 
-def take_snapshot(fetcher: object, *, with_rng: bool, copied: bool = True) -> StreamSnapshot | None:
+def take_snapshot(
+    fetcher: object, *, with_rng: bool, copied: bool = True, delivered: int | None = None
+) -> StreamSnapshot | None:
     """Where a fetcher's stream stands; None where neither the dataset nor the stream can tell.
 
     Args:
         with_rng: whether the process's random states belong to it.
         copied: False where it is pickled before anything moves on.
+        delivered: None, or how many calls the batches came of that the trainer has got: one that was loaded since is
+            yet to come.
 
     Raises:
         Exception: what the user's ``state_dict`` raises.
@@ -72,8 +76,11 @@ def take_snapshot(fetcher: object, *, with_rng: bool, copied: bool = True) -> St
     if not dataset and not stream:
         return None
     rng = rng_states() if with_rng else None
-    over = not (fetcher.calls or fetcher.values)
-    return StreamSnapshot(fetcher.calls, fetcher.ended, dataset, stream, rng, tuple(fetcher.values), over)
+    calls, values = fetcher.calls, fetcher.values
+    if delivered is not None and fetcher.loaded is not None and fetcher.loaded[0] >= delivered:
+        calls, values = fetcher.loaded
+    over = not (calls or values)
+    return StreamSnapshot(calls, fetcher.ended, dataset, stream, rng, tuple(values), over)
 
 
 def pickled_snapshot(fetcher: object) -> bytes | str | None:

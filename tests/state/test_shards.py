@@ -11,7 +11,8 @@ import threading
 from typing import Any
 
 import pytest
-from torch.utils.data import IterableDataset, get_worker_info
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from robustloader import RecoveryPolicy, RobustDataLoader, WorkerStartError
 
@@ -200,3 +201,46 @@ def test_what_a_dataset_keeps_outlasts_its_process(taken: int) -> None:
     assert head + numbers(iterator) == numbers(unbroken)
     for _ in range(2):
         assert numbers(ours) == numbers(unbroken)
+
+
+class Revised(Dataset):
+    """Map-style, and each process counts what it loaded."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> int:
+        self.loaded += 1
+        return 100 * self.loaded + index
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loaded": self.loaded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state["loaded"]
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("dataset", [Asked, Epochs, Revised])
+def test_a_run_that_goes_back(dataset: Any, epochs: int) -> None:
+    """A state of between two epochs, loaded while workers of later ones persist: it goes on as a fresh loader does."""
+
+    def make() -> RobustDataLoader[Any]:
+        shuffle = True if dataset is Revised else None
+        return RobustDataLoader(dataset(), 5, shuffle, num_workers=2, persistent_workers=True)
+
+    torch.manual_seed(3)
+    ours = make()
+    for _ in range(epochs):
+        list(ours)
+    state = json.loads(json.dumps(ours.state_dict()))
+    for _ in range(2):
+        list(ours)
+    fresh = make()
+    for loader in (ours, fresh):
+        torch.manual_seed(4)
+        loader.load_state_dict(state)
+    assert [lists(ours) for _ in range(3)] == [lists(fresh) for _ in range(3)]

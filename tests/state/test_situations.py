@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
 import random
 import signal
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,19 @@ from torch.utils.data import (
 from robustloader import (
     ElasticDistributedBatchSampler,
     ElasticDistributedSampler,
+    FaultBudgetError,
     FaultPolicy,
     RecoveryPolicy,
     RobustDataLoader,
     RobustLoaderWarning,
     SampleError,
+    ShardEnded,
     StateError,
     WorkerStartError,
 )
+from robustloader.system import torch_private
 from tests.support.datasets import Deadly, Death, Numbers, Raising, Random, Stream, damaged
+from tests.support.listener import Listener
 
 
 def numbers(batches: Any) -> list[int]:
@@ -478,8 +484,8 @@ class Told(BaseException):
 class Counting:
     """An iterator that counts."""
 
-    def __init__(self, alarm: int | None) -> None:
-        self.place, self.alarm = 0, alarm
+    def __init__(self, alarm: int | None, bad: int | None = None) -> None:
+        self.place, self.alarm, self.bad = 0, alarm, bad
 
     def __iter__(self) -> Any:
         return self
@@ -491,6 +497,8 @@ class Counting:
         if self.place == 40:
             raise StopIteration
         self.place += 1
+        if self.place - 1 == self.bad:
+            raise damaged(self.bad)
         return self.place - 1
 
 
@@ -505,13 +513,13 @@ class Keeping(Counting):
 
 
 class Counted(IterableDataset):
-    """Its iterator is a ``kind``; a signal comes at sample ``alarm``."""
+    """Its iterator is a ``kind``; a signal comes at sample ``alarm``, and sample ``bad`` raises."""
 
-    def __init__(self, kind: type[Counting], alarm: int | None = None) -> None:
-        self.kind, self.alarm = kind, alarm
+    def __init__(self, kind: type[Counting], alarm: int | None = None, bad: int | None = None) -> None:
+        self.kind, self.alarm, self.bad = kind, alarm, bad
 
     def __iter__(self) -> Any:
-        return self.kind(self.alarm)
+        return self.kind(self.alarm, self.bad)
 
 
 class Alarming:
@@ -708,6 +716,40 @@ def test_a_shard_that_died_out(tmp_path: Path, later: int) -> None:
     assert (death.count, death.seen_in_trainer) == (deaths, False)
 
 
+class Generated(IterableDataset):
+    """Shared out among the workers; the generator of one of them raises."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        assert info is not None
+        for number in range(info.id, 40, info.num_workers):
+            if number == self.bad:
+                raise damaged(number)
+            yield number
+
+
+@pytest.mark.parametrize("bad", [12, 13, 16, 17])
+@pytest.mark.parametrize("later", [0, 2])
+def test_a_share_that_ends_early_says_so(later: int, bad: int) -> None:
+    """Also where the training process loads the rest for several workers, and the other shares go on."""
+    listener = Listener()
+    ours = RobustDataLoader(Generated(bad), 4, num_workers=2, prefetch_factor=1)
+    iterator = iter(ours)
+    head = numbers([next(iterator)])
+    other = RobustDataLoader(Generated(bad), 4, num_workers=later, telemetry=listener.policy)
+    other.load_state_dict(ours.state_dict())
+    with pytest.warns(RobustLoaderWarning) as caught:
+        rest = numbers(other)
+    assert sorted(head + rest) == sorted([*range(bad % 2, bad, 2), *range(1 - bad % 2, 40, 2)])
+    (event,) = listener.of(ShardEnded)
+    assert (event.worker_id, event.batches) == (bad % 2, 2)
+    assert [fault.error_type for fault in other.fault_log] == ["Damaged"]
+    assert any("ended early" in str(warning.message) for warning in caught)
+
+
 class Speechless(IterableDataset):
     """Has a state, but cannot tell it."""
 
@@ -849,6 +891,113 @@ def test_in_a_stream_with_a_long_damage(workers: int, later: int, steps: int) ->
     rest = loader(later)
     rest.load_state_dict(ours.state_dict())
     assert head + [batch.tolist() for batch in rest] == whole
+
+
+class Pinned:
+    """A batch that is pinned as the user says: a signal comes meanwhile, once, at sample ``alarm``."""
+
+    def __init__(self, samples: list[int], alarm: Alarming) -> None:
+        self.samples, self.alarm = samples, alarm
+
+    def pin_memory(self) -> torch.Tensor:
+        return self.alarm(self.samples)
+
+
+@pytest.mark.parametrize("way", ["kept", "gone", "goes on"])
+@pytest.mark.parametrize("saved", [0, 2])
+@pytest.mark.parametrize("kind", [Counting, Keeping])
+def test_a_signal_handler_that_raises_while_a_batch_is_on_its_way(
+    kind: type[Counting], saved: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without workers, also where the rest is that of two: what was loaded, and given to nobody, is not lost."""
+    monkeypatch.setattr(torch_private, "pin_memory", lambda batch, device: batch.pin_memory())
+    alarm, end = Alarming(18), 40 * max(1, saved)
+
+    def tell(*_: Any) -> None:
+        raise Told
+
+    def make(workers: int) -> RobustDataLoader[Any]:
+        return RobustDataLoader(Counted(kind), 4, num_workers=workers, collate_fn=lambda part: Pinned(part, alarm))
+
+    state: dict[str, Any] = make(saved).state_dict()
+    head: list[int] = []
+    if saved:
+        begun = RobustDataLoader(Counted(kind), 4, num_workers=saved)
+        iterator = iter(begun)
+        head, state = numbers([next(iterator)]), begun.state_dict()
+        del iterator
+    ours = make(0)
+    ours.load_state_dict(state)
+    iterator = iter(ours)
+    iterator.pins = True
+    before = signal.signal(signal.SIGUSR1, tell)
+    try:
+        with pytest.raises(Told):
+            for batch in iterator:
+                head += numbers([batch])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    if way == "goes on":
+        assert sorted(head + numbers(iterator)) == sorted([*range(40)] * max(1, saved))
+        return
+    if way == "gone":
+        del iterator
+        gc.collect()
+    state = json.loads(json.dumps(ours.state_dict()))
+    assert state["delivered"] == len(head) // 4
+    other = RobustDataLoader(Counted(kind), 4)
+    other.load_state_dict(state)
+    rest = numbers(other)
+    assert len(head + rest) == end
+    assert sorted(head + rest) == sorted([*range(40)] * max(1, saved))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_budget_that_is_spent_loses_nothing(gone: bool) -> None:
+    """Without workers: its error comes in place of a batch, which is the first one of whoever goes on."""
+    ours = RobustDataLoader(Counted(Keeping, bad=9), 4, faults=FaultPolicy(action="skip", burst=0, max_fraction=0))
+    iterator = iter(ours)
+    head = numbers(itertools.islice(iterator, 2))
+    with pytest.warns(RobustLoaderWarning), pytest.raises(FaultBudgetError):
+        next(iterator)
+    if gone:
+        del iterator
+        gc.collect()
+    other = RobustDataLoader(Counted(Keeping, bad=9), 4)
+    other.load_state_dict(json.loads(json.dumps(ours.state_dict())))
+    assert head + numbers(other) == [number for number in range(40) if number != 9]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Raising(24, {9: damaged}), Counted(Keeping, bad=9), Counted(Counting, bad=9)])
+def test_a_warning_that_is_an_error(dataset: Any, workers: int, gone: bool) -> None:
+    """It comes in place of a batch, which is the next to come: of the iterator, or of whoever goes on instead."""
+
+    def make() -> RobustDataLoader[Any]:
+        ahead = 1 if workers else None
+        return RobustDataLoader(dataset, 4, num_workers=workers, prefetch_factor=ahead, faults="skip")
+
+    ours = make()
+    iterator = iter(ours)
+    head: list[int] = []
+    with pytest.raises(RobustLoaderWarning, match="cannot decode 9"):
+        head += numbers([next(iterator)])
+        head += numbers([next(iterator)])
+        head += numbers([next(iterator)])
+    if gone:
+        del iterator
+        gc.collect()
+    state = json.loads(json.dumps(ours.state_dict()))
+    assert state["delivered"] == 2
+    other = make()
+    other.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rest = numbers(other)
+        assert head == list(range(8))
+        assert gone or numbers(iterator) == rest
+    assert sorted({*rest, 9}) == list(range(8, 24 if isinstance(dataset, Raising) else 40))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
