@@ -115,6 +115,7 @@ class Channel:
         self._socket = end
         self._outgoing: deque[memoryview] = deque()
         self._received_fds: deque[int] = deque()
+        self._released: list[int] = []  # taken from the arena, and in no frame yet
         self._parser = _Parser(self)
         self.arena: ArenaReader | None = None
         self.worker: ForkToken | None = None
@@ -152,15 +153,21 @@ class Channel:
         Args:
             arena_fd: the descriptor of a new arena, which this frame is the first to use. Blocking ends only.
         """
-        flags, released = 0, b""
+        envelope = _envelope(message)
+        flags, released, arena = 0, b"", self.arena
         if arena_fd is not None:
             flags |= _NEW_ARENA
-        if self.arena is not None:
-            released = array.array("q", self.arena.take_released()).tobytes()
-            if self.arena.wasteful and not self.arena.retired:
-                self.arena.retired = True
+        if arena is not None:
+            self._released += arena.take_released()
+            released = array.array("q", self._released).tobytes()
+            if arena.wasteful and not arena.retired:
                 flags |= _RENEW
-        first, rest = _pack(message, parcel, released, flags)
+        first, rest = _pack(envelope, parcel, released, flags)
+        # Until here an exception, a signal handler's included, costs nothing. To release twice would be worse than never.
+        if released:
+            self._released = []
+        if arena is not None and flags & _RENEW:
+            arena.retired = True
         if arena_fd is not None:
             self._send_descriptor(first, arena_fd)
         elif rest or self._outgoing or not self._send_whole(first):
@@ -217,7 +224,7 @@ class Channel:
     @property
     def has_released(self) -> bool:
         """Whether there is something in the other side's arena to give back, with the next message."""
-        return self.arena is not None and self.arena.has_released
+        return self.arena is not None and (self.arena.has_released or bool(self._released))
 
     def receive(self, *, wait: bool = True) -> tuple[list[Frame], bool]:
         """Whole frames that have come in, and whether the other end is closed.
@@ -280,9 +287,8 @@ class Channel:
             raise ArenaLost(str(error)) from error
 
 
-def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> tuple[bytes, list[memoryview]]:
+def _pack(envelope: bytes, parcel: Parcel | None, released: bytes, flags: int) -> tuple[bytes, list[memoryview]]:
     """A frame: all of it, or its beginning and the other parts."""
-    envelope = _envelope(message)
     if parcel is None:
         return _HEAD.pack(len(envelope), 0, 0, len(released) // _EXTENT_BYTES, flags) + released + envelope, []
     entries = [*parcel.buffers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
@@ -15,9 +16,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robustloader.transport import channel as channel_module
 from robustloader.transport import codec
+from robustloader.transport.arena import Arena, ArenaLimits
 from robustloader.transport.channel import Channel, Frame, channel_pair
-from robustloader.transport.messages import Fetch
+from robustloader.transport.messages import Fetch, Released
 from tests.support.parity_run import fingerprint
 
 PATIENCE_S = 30.0
@@ -235,6 +238,54 @@ def test_a_message_that_does_not_pickle_sends_nothing() -> None:
             theirs.send(lambda: None)
         theirs.send("fine")
         assert [frame.message for frame in receive(ours, 1)] == ["fine"]
+
+
+def carry(arena: Arena, theirs: Channel, ours: Channel) -> Any:
+    """A batch from the worker through its arena."""
+    parcel = arena.place(codec.dumps(torch.ones(100_000)))
+    fd = arena.take_descriptor()
+    theirs.send("batch", parcel, arena_fd=fd)
+    if fd is not None:
+        os.close(fd)
+    return receive(ours, 1)[0].batch()
+
+
+def fail_to_pickle(ours: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler yields what no pickle holds."""
+    with pytest.raises(Exception, match=r"pickle|lambda"):
+        ours.send(Fetch(0, 1, [lambda: None]))
+
+
+def interrupt(ours: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler raises while the frame is made."""
+
+    def raise_from_handler(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(channel_module, "_pack", raise_from_handler)
+        with pytest.raises(KeyboardInterrupt):
+            ours.send(Released())
+
+
+@pytest.mark.parametrize("fail", [fail_to_pickle, interrupt])
+def test_what_was_released_goes_with_the_next_frame(fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a message comes to nothing, the worker hears once of what was released, and of the arena it should begin."""
+    arena = Arena(ArenaLimits(1 << 26, 0))
+    with pair() as (ours, theirs):
+        for wasteful in (False, True):
+            carry(arena, theirs, ours)
+            assert ours.arena is not None
+            ours.arena.withheld = 1 << 40 if wasteful else 0
+            fail(ours, monkeypatch)
+            assert ours.has_released
+            ours.send(Released())
+            ours.send(Released())
+            first, second = receive(theirs, 2)
+            assert (len(first.released), first.renew) == (1, wasteful)
+            assert (second.released, second.renew) == ((), False)
+            arena.release(first.released)
+        assert not ours.has_released
 
 
 def test_what_is_received_is_the_receivers_own() -> None:
