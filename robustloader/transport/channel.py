@@ -170,7 +170,8 @@ class Channel:
             flags |= _NEW_ARENA
         if arena is not None:
             self._released += arena.take_released()
-            released = array.array("q", self._released).tobytes()
+            if self._released:
+                released = array.array("q", self._released).tobytes()
             if arena.wasteful and not arena.retired:
                 flags |= _RENEW
         first, rest = _pack(envelope, parcel, released, flags)
