@@ -423,10 +423,15 @@ class Arena:
             if now < self._refused_until:
                 self.trouble = self.trouble or f"too little memory is free for {size:,} bytes more"
                 return False
-            room = host.free_memory_bytes()[0] - self._limits.reserve_bytes
-            if size > room and self._map.warm:
-                self._cool(self._map.warm)
+            try:
                 room = host.free_memory_bytes()[0] - self._limits.reserve_bytes
+                if size > room and self._map.warm:
+                    self._cool(self._map.warm)
+                    room = host.free_memory_bytes()[0] - self._limits.reserve_bytes
+            except OSError as error:  # no descriptor is left to look with
+                self._refused_until = now + _LOOK_AGAIN_S
+                self.trouble = f"how much memory is free cannot be read: {error}"
+                return False
             if size > room:
                 self._refused_until = now + _LOOK_AGAIN_S
                 self.trouble = (

@@ -17,12 +17,15 @@ A worker's new arena comes as a descriptor with the frame that is the first to u
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
+import errno
 import io
 import os
 import pickle
 import socket
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -47,6 +50,12 @@ _MAX_VECTORS = 1_000  # IOV_MAX is 1,024 on Linux
 _TURN_BYTES = 32 * 1024 * 1024  # read from one worker before the others get a turn
 _JOIN_BYTES = 16 * 1024  # a copy of this size costs less than a system call with several parts
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * 8)
+_PASSING = frozenset((errno.EINTR, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS))
+"""The kernel is short of memory, or of room for descriptors on their way: the peer lives, and nothing was sent.
+
+*Source*: unix(7), send(2)."""
+_PAUSE_S = 0.002  # before another try, in the training process too: its socket counts as writable all the while
+_MAX_REFUSALS = 10_000  # in a row, some 20 seconds. Tries are counted, as time also passes for a stopped job
 
 _NEW_ARENA = 1  # a descriptor came along
 _RENEW = 2  # the worker should begin a new arena
@@ -54,7 +63,7 @@ _PAYLOAD_PLACED = 4  # the payload lies in the arena: the table's last entry
 
 
 class ArenaLost(Exception):
-    """A worker's new arena did not arrive: this process has no descriptor left for it, or cannot map it."""
+    """A worker's arena is not here: this process had no descriptor left for it, or cannot map it."""
 
 
 class Frame(NamedTuple):
@@ -115,6 +124,8 @@ class Channel:
         self._socket = end
         self._outgoing: deque[memoryview] = deque()
         self._received_fds: deque[int] = deque()
+        self._refusals = 0
+        self._released: list[int] = []  # taken from the arena, and in no frame yet
         self._parser = _Parser(self)
         self.arena: ArenaReader | None = None
         self.worker: ForkToken | None = None
@@ -147,20 +158,28 @@ class Channel:
         """Queue a frame and send what the socket takes at once; what has been released goes along.
 
         Raises what pickling ``message`` raises, before anything is sent. A peer that is gone is no error here: its
-        death is noticed elsewhere.
+        death is noticed elsewhere. What the kernel refuses for a while is sent later; where it refuses for good, the
+        stream ends, for both sides.
 
         Args:
             arena_fd: the descriptor of a new arena, which this frame is the first to use. Blocking ends only.
         """
-        flags, released = 0, b""
+        envelope = _envelope(message)
+        flags, released, arena = 0, b"", self.arena
         if arena_fd is not None:
             flags |= _NEW_ARENA
-        if self.arena is not None:
-            released = array.array("q", self.arena.take_released()).tobytes()
-            if self.arena.wasteful and not self.arena.retired:
-                self.arena.retired = True
+        if arena is not None:
+            self._released += arena.take_released()
+            if self._released:
+                released = array.array("q", self._released).tobytes()
+            if arena.wasteful and not arena.retired:
                 flags |= _RENEW
-        first, rest = _pack(message, parcel, released, flags)
+        first, rest = _pack(envelope, parcel, released, flags)
+        # Until here an exception, a signal handler's included, costs nothing. Better never released than twice.
+        if released:
+            self._released = []
+        if arena is not None and flags & _RENEW:
+            arena.retired = True
         if arena_fd is not None:
             self._send_descriptor(first, arena_fd)
         elif rest or self._outgoing or not self._send_whole(first):
@@ -175,18 +194,23 @@ class Channel:
             sent = self._socket.send(first)
         except BlockingIOError:
             return False
-        except OSError:  # the peer is gone
-            return True
+        except OSError as error:
+            return not self._may_try_again(error)
         if sent < len(first):
             self._outgoing.append(memoryview(first)[sent:])
         return True
 
     def _send_descriptor(self, first: bytes, fd: int) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        try:
-            sent = self._socket.sendmsg([first], ancillary)
-        except OSError:
-            return
+        while True:
+            try:
+                sent = self._socket.sendmsg([first], ancillary)
+                break
+            except OSError as error:
+                if not self._may_try_again(error):
+                    return
+                time.sleep(_PAUSE_S)
+        self._refusals = 0
         if sent < len(first):
             self._outgoing.append(memoryview(first)[sent:])
 
@@ -200,9 +224,14 @@ class Channel:
                     sent = self._socket.sendmsg([*_first(self._outgoing)])
             except BlockingIOError:
                 return
-            except OSError:  # the peer is gone
-                self._outgoing.clear()
-                return
+            except OSError as error:
+                if not self._may_try_again(error):
+                    return
+                time.sleep(_PAUSE_S)
+                if not self._socket.getblocking():
+                    return  # it stays in the backlog
+                continue
+            self._refusals = 0
             while sent:
                 head = self._outgoing[0]
                 if head.nbytes <= sent:
@@ -212,12 +241,24 @@ class Channel:
                     self._outgoing[0] = head[sent:]
                     sent = 0
 
+    def _may_try_again(self, error: OSError) -> bool:
+        """Whether what the socket has not taken may go later. If not, nothing does any more: the peer is gone or, where
+        it lives, finds the stream ended, so that nobody waits for a frame that does not come."""
+        if error.errno in _PASSING and self._refusals < _MAX_REFUSALS:
+            self._refusals += 1
+            return True
+        self._outgoing.clear()
+        if not isinstance(error, (BrokenPipeError, ConnectionResetError)):
+            with contextlib.suppress(OSError):  # closed already
+                self._socket.shutdown(socket.SHUT_RDWR)
+        return False
+
     # --- receiving
 
     @property
     def has_released(self) -> bool:
         """Whether there is something in the other side's arena to give back, with the next message."""
-        return self.arena is not None and self.arena.has_released
+        return self.arena is not None and (self.arena.has_released or bool(self._released))
 
     def receive(self, *, wait: bool = True) -> tuple[list[Frame], bool]:
         """Whole frames that have come in, and whether the other end is closed.
@@ -280,9 +321,8 @@ class Channel:
             raise ArenaLost(str(error)) from error
 
 
-def _pack(message: Any, parcel: Parcel | None, released: bytes, flags: int) -> tuple[bytes, list[memoryview]]:
+def _pack(envelope: bytes, parcel: Parcel | None, released: bytes, flags: int) -> tuple[bytes, list[memoryview]]:
     """A frame: all of it, or its beginning and the other parts."""
-    envelope = _envelope(message)
     if parcel is None:
         return _HEAD.pack(len(envelope), 0, 0, len(released) // _EXTENT_BYTES, flags) + released + envelope, []
     entries = [*parcel.buffers]
@@ -434,7 +474,8 @@ class _Parser:
             low, size, position, extent = _ENTRY.unpack_from(body, place)
             place += _ENTRY.size
             if position >= 0:
-                assert channel.arena is not None
+                if channel.arena is None:
+                    raise ArenaLost("a batch refers to a worker's shared memory, which did not come")
                 blocks.append((low, channel.arena.lease(Placed(low, position, size, extent))))
                 continue
             block = torch.empty(size, dtype=torch.uint8, device="cpu")

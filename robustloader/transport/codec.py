@@ -203,11 +203,10 @@ class _Pickler(pickle.Pickler):
                 self._small[key] = tensor, raw
                 return _small_tensor, (_copy(raw.data_ptr(), nbytes), _CODE_OF[dtype], size)
         storage = self._storage_of(raw)
-        if tensor.numel():
-            last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-            storage.use(int(offset) * item, (last + 1) * item)
-        else:
-            offset = 0
+        if not tensor.numel():
+            return _rebuild_empty, (storage, _CODE_OF[dtype], size, stride, tensor.requires_grad)
+        last = int(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        storage.use(int(offset) * item, (last + 1) * item)
         return _rebuild_tensor, (storage, _CODE_OF[dtype], size, stride, offset, tensor.requires_grad)
 
     def _storage_of(self, raw: torch.UntypedStorage) -> _Storage:
@@ -282,6 +281,18 @@ def _rebuild_tensor(
     low, memory = storage
     tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code])
     tensor.set_(memory, offset - low // tensor.element_size(), size, stride)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _rebuild_empty(
+    storage: tuple[int, torch.UntypedStorage],
+    code: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,
+) -> torch.Tensor:
+    """A view of no elements: its place may lie outside of the extent that the other views of its storage use."""
+    tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code]).set_(storage[1], 0, size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 
 

@@ -565,6 +565,28 @@ def test_odd_things_cross_uncollated(mode: str, function: Any) -> None:
     assert_same(Program(lambda: {"dataset": data.Shared(2, function), **arguments}), mode)
 
 
+RAGGED = torch.arange(20_000, dtype=torch.float32)
+CUTS = [3_000, 3_000, 6_000, 9_000, 9_000, 9_000, 12_000, 20_000, 20_000]
+
+
+def ragged(index: int) -> Any:
+    """Parts of one flat tensor, some of no length; of odd ones two, with an empty one between."""
+    part = RAGGED[CUTS[index] : CUTS[index + 1]]
+    return (part, RAGGED[5:5].reshape(0, 3).t(), RAGGED[18_000 + index :]) if index % 2 else part
+
+
+@both_modes
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_ragged_samples_cut_from_one_tensor(mode: str, transport: str, batch_size: int | None) -> None:
+    """Empty ones arrive beside others of the same memory, with the strides that torch gives them."""
+    loaders = [
+        kind(data.Shared(8, ragged), batch_size=batch_size, num_workers=1, collate_fn=data.identity, **options)
+        for kind, options in ((DataLoader, {}), (RobustDataLoader, MODES[mode]))
+    ]
+    theirs, ours = map(list, loaders)
+    assert fingerprint(ours) == fingerprint(theirs)
+
+
 def rows(index: int, length: int = 4) -> torch.Tensor:
     """A small tensor, or a large one."""
     return torch.arange(length) + float(index)

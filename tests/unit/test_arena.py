@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import io
 import mmap
@@ -462,6 +463,34 @@ def test_it_does_not_grow_into_the_reserve(monkeypatch: pytest.MonkeyPatch) -> N
     address = first.data_ptr()
     del first
     assert ends.carry(torch.zeros(BIG, dtype=torch.uint8)).data_ptr() == address
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_it_does_not_grow_where_free_memory_cannot_be_read(monkeypatch: pytest.MonkeyPatch, warm: bool) -> None:
+    """A worker whose dataset holds all descriptors it may have cannot look into ``/proc``: what needs more memory goes
+    through the socket, or is an ordinary tensor, and the reason is told."""
+    ends = Ends()
+    size = whole_pages(BIG)
+    first = ends.carry(torch.zeros(BIG, dtype=torch.uint8))
+    if warm:  # then it looks twice, after giving back what it does not use
+        del first
+        assert not ends.in_use
+    ends.arena._credit = 0
+    answers = [(0, 1 << 30)] if warm else []
+
+    def look() -> tuple[int, int]:
+        if answers:
+            return answers.pop()
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(host, "free_memory_bytes", look)
+    parcel = ends.arena.place(codec.dumps(torch.zeros(2 * size, dtype=torch.uint8)))
+    assert isinstance(parcel.buffers[0], Buffer)
+    assert "Too many open files" in ends.arena.take_trouble()
+    assert ends.arena.empty((2 * size,), torch.uint8) is None
+    ends.arena._refused_until = 0.0
+    monkeypatch.undo()
+    assert ends.arena.empty((2 * size,), torch.uint8) is not None
 
 
 def test_no_shared_memory_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robustloader.transport import channel as channel_module
 from robustloader.transport import codec
-from robustloader.transport.channel import Channel, Frame, channel_pair
-from robustloader.transport.messages import Fetch
+from robustloader.transport.arena import Arena, ArenaLimits
+from robustloader.transport.channel import ArenaLost, Channel, Frame, channel_pair
+from robustloader.transport.messages import Fetch, Released
 from tests.support.parity_run import fingerprint
 
 PATIENCE_S = 30.0
@@ -46,6 +51,18 @@ def receive(channel: Channel, wanted: int) -> list[Frame]:
         more, gone = channel.receive()
         frames.extend(more)
         assert not gone or len(frames) >= wanted
+    return frames
+
+
+def receive_all(channel: Channel) -> list[Frame]:
+    """What comes before the end."""
+    frames: list[Frame] = []
+    gone = False
+    while not gone:
+        ready, _, _ = select.select([channel], [], [], PATIENCE_S)
+        assert ready, "the end did not come"
+        more, gone = channel.receive(wait=False)
+        frames.extend(more)
     return frames
 
 
@@ -237,6 +254,54 @@ def test_a_message_that_does_not_pickle_sends_nothing() -> None:
         assert [frame.message for frame in receive(ours, 1)] == ["fine"]
 
 
+def carry(arena: Arena, theirs: Channel, ours: Channel) -> Any:
+    """A batch from the worker through its arena."""
+    parcel = arena.place(codec.dumps(torch.ones(100_000)))
+    fd = arena.take_descriptor()
+    theirs.send("batch", parcel, arena_fd=fd)
+    if fd is not None:
+        os.close(fd)
+    return receive(ours, 1)[0].batch()
+
+
+def fail_to_pickle(ours: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler yields what no pickle holds."""
+    with pytest.raises(Exception, match=r"pickle|lambda"):
+        ours.send(Fetch(0, 1, [lambda: None]))
+
+
+def interrupt(ours: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler raises while the frame is made."""
+
+    def raise_from_handler(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(channel_module, "_pack", raise_from_handler)
+        with pytest.raises(KeyboardInterrupt):
+            ours.send(Released())
+
+
+@pytest.mark.parametrize("fail", [fail_to_pickle, interrupt])
+def test_what_was_released_goes_with_the_next_frame(fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a message comes to nothing, the worker hears once of what was released and of the arena it should begin."""
+    arena = Arena(ArenaLimits(1 << 26, 0))
+    with pair() as (ours, theirs):
+        for wasteful in (False, True):
+            carry(arena, theirs, ours)
+            assert ours.arena is not None
+            ours.arena.withheld = 1 << 40 if wasteful else 0
+            fail(ours, monkeypatch)
+            assert ours.has_released
+            ours.send(Released())
+            ours.send(Released())
+            first, second = receive(theirs, 2)
+            assert (len(first.released), first.renew) == (1, wasteful)
+            assert (second.released, second.renew) == ((), False)
+            arena.release(first.released)
+        assert not ours.has_released
+
+
 def test_what_is_received_is_the_receivers_own() -> None:
     """A received batch is writable, has storages of exact size and does not change when the sender's does."""
     with pair() as (ours, theirs):
@@ -305,6 +370,117 @@ def compacted(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: compacted(part) for key, part in value.items()}
     return type(value)(map(compacted, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Refusing:
+    """A socket that raises these errors at its next sends, one after the other."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self.errors: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.end, name)
+
+    def send(self, *arguments: Any) -> int:
+        return self._try(self.end.send, arguments)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        return self._try(self.end.sendmsg, arguments)
+
+    def _try(self, send: Any, arguments: tuple[Any, ...]) -> int:
+        if self.errors and (number := self.errors.pop(0)):
+            raise OSError(number, os.strerror(number))
+        count: int = send(*arguments)
+        return count
+
+
+def refusing(channel: Channel) -> Refusing:
+    """Let a channel's socket refuse what it is told to."""
+    channel._socket = end = Refusing(channel._socket)  # type: ignore[assignment]
+    return end
+
+
+PASSING = pytest.mark.parametrize(
+    "number", [errno.EINTR, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS], ids=os.strerror
+)
+
+
+@PASSING
+@pytest.mark.parametrize("how", ["small", "large", "arena"])
+def test_a_worker_sends_again_what_the_kernel_refused(number: int, how: str) -> None:
+    """Out of kernel memory, or with too many descriptors on their way, at the beginning of a frame or within it: the
+    frame arrives, and those after it."""
+    arena = Arena(ArenaLimits(1 << 26, 0))
+    batch = torch.arange(10 if how == "small" else 1_000_000)
+    with pair() as (ours, theirs):
+        socket_of_theirs = refusing(theirs)
+
+        def work() -> None:
+            for task in range(3):
+                parcel, fd = codec.dumps(batch), None
+                if how == "arena":
+                    parcel = arena.place(parcel)
+                    fd = arena.take_descriptor()
+                socket_of_theirs.errors = [[number, number], [0, number], [number, 0, number]][task]
+                theirs.send(task, parcel, arena_fd=fd)
+                if fd is not None:
+                    os.close(fd)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        frames = receive(ours, 3)
+        thread.join(PATIENCE_S)
+        assert [frame.message for frame in frames] == [0, 1, 2]
+        assert all(torch.equal(frame.batch(), batch) for frame in frames)
+
+
+@PASSING
+def test_the_training_process_keeps_what_the_kernel_refused(number: int) -> None:
+    """It does not wait: what it had to say stays in the backlog, in order, and goes when it can."""
+    with pair() as (ours, theirs):
+        socket_of_ours = refusing(ours)
+        socket_of_ours.errors = [number] * 7
+        for task in range(3):
+            ours.send(task)
+            assert ours.backlog
+        while ours.backlog:
+            ours.flush()
+        assert not socket_of_ours.errors
+        assert [frame.message for frame in receive(theirs, 3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EPERM], ids=os.strerror)
+@pytest.mark.parametrize("sender", ["worker", "training process"])
+@pytest.mark.parametrize("how", ["small", "large", "arena"])
+def test_what_can_never_be_sent_ends_the_stream(
+    monkeypatch: pytest.MonkeyPatch, number: int, sender: str, how: str
+) -> None:
+    """Both sides see the end, after what got through before; nobody waits for a frame that does not come."""
+    monkeypatch.setattr(channel_module, "_MAX_REFUSALS", 20)
+    with pair() as (ours, theirs):
+        here, there = (theirs, ours) if sender == "worker" else (ours, theirs)
+        here.send("before")
+        refusing(here).errors = [number] * 1_000
+        with tempfile.TemporaryFile() as file:
+            fd = file.fileno() if (sender, how) == ("worker", "arena") else None
+            here.send("lost", None if how == "small" else codec.dumps(torch.ones(100_000)), arena_fd=fd)
+        for _ in range(20):
+            here.flush()
+        assert not here.backlog
+        here.send("too late")
+        assert not here.backlog
+        for channel, expected in ((there, ["before"]), (here, [])):
+            assert [frame.message for frame in receive_all(channel)] == expected
+
+
+def test_a_frame_whose_arena_did_not_come() -> None:
+    """It cannot be read, and neither can what follows: the reader is told so, as where no descriptor was left."""
+    arena = Arena(ArenaLimits(1 << 26, 0))
+    with pair() as (ours, theirs):
+        theirs.send("batch", arena.place(codec.dumps(torch.ones(100_000))))
+        with pytest.raises(ArenaLost, match="did not come"):
+            receive(ours, 1)
 
 
 def test_closing_twice_is_once() -> None:

@@ -304,6 +304,32 @@ def test_disjoint_views_of_one_storage_keep_their_distance() -> None:
     assert all_of_it[15:20].tolist() == [20, 21, 22, 23, 24]
 
 
+@pytest.mark.parametrize("count", [1_000, 20_000])
+@pytest.mark.parametrize("kind", [torch.Tensor, Fancy])
+@pytest.mark.parametrize("place", [0, 1_000, 300, 700])
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_an_empty_view_may_lie_anywhere_in_its_storage(
+    count: int, kind: type[torch.Tensor], place: int, empty_first: bool
+) -> None:
+    """Also before, behind and between what the other views of the storage use, which is all that crosses of it."""
+    base = torch.arange(count, dtype=torch.float32)
+    used, empty = base[count * 3 // 10 : count // 2].as_subclass(kind), base[place:place].as_subclass(kind)
+    turned = base[place:place].reshape(0, 4).t().as_subclass(kind)
+    leaf = base[place:place].detach().requires_grad_()
+    parts = [empty, turned, leaf, used] if empty_first else [used, empty, turned, leaf]
+    found = carry(parts)
+    assert fingerprint(found) == fingerprint(parts)
+    assert [part.stride() for part in found] == [part.stride() for part in parts]
+    assert len({part.untyped_storage().data_ptr() for part in found}) == 1
+
+
+def test_empty_parts_of_an_array_cross() -> None:
+    """Arrays cross one by one, so an empty one beside other parts of its memory is nothing special."""
+    base = np.arange(20_000)
+    parts = [base[5_000:5_000], base[5_000:9_000], base[7_000:7_000].reshape(0, 3)]
+    assert fingerprint(carry(parts)) == fingerprint(parts)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.int32), (torch.uint8, torch.complex128)], ids=str)
 def test_one_storage_seen_as_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """A view as another dtype shares its memory afterwards, too."""

@@ -193,6 +193,20 @@ def test_a_semaphore_is_no_shared_memory_to_speak_of(tmp_path: Path) -> None:
     assert limits.maps_shared_memory(20, str(tmp_path))
 
 
+def test_names_of_mapped_files_need_not_be_text(root: Path) -> None:
+    """A process may map files that were named in another encoding; what it maps in ``/dev/shm`` is found anyway."""
+    write(root, {"dev/shm/torch_17_1_0": "of a dead process", "dev/shm/torch_19_3_0": "mapped", "proc/20/maps": ""})
+    line = b"7f00-7f01 rw-s 00000000 00:1a 5 %b\n"
+    maps = root / "proc/20/maps"
+    maps.write_bytes(line % b"/data/caf\xe9.bin")
+    assert not limits.maps_shared_memory(20, str(root))
+    maps.write_bytes(line % b"/data/caf\xe9.bin" + line % b"/dev/shm/torch_19_3_0")
+    assert limits.maps_shared_memory(20, str(root))
+    shared = limits.read_shared_memory(str(root))
+    assert shared is not None
+    assert shared.stale == ("torch_17_1_0",)
+
+
 def test_no_shared_memory(root: Path) -> None:
     """None, not an error."""
     assert limits.read_shared_memory(str(root)) is None
