@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from robustloader.decisions.limits import Memory
+from robustloader.decisions.limits import Memory, low_memory
 from robustloader.system import cgroups, limits
 
 MIB = 1 << 20
@@ -73,6 +73,33 @@ def test_version_2(root: Path) -> None:
     processes = limits.read_processes(top)
     assert processes.free == 12
     assert "pids.max" in processes.limit
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_in_the_page_cache_are_free_however_often_they_were_read(root: Path, version: int) -> None:
+    """From its second epoch on a dataset's files are in active use. Of files in memory the kernel can drop nothing."""
+    used, cache, shared = 62 << 30, 44 << 30, 5 << 30
+    lists = {"inactive_file": 4 << 30, "active_file": cache - (4 << 30), "inactive_anon": shared + (8 << 30)}
+    stat = {"anon": 8 << 30, "file": cache + shared, "shmem": shared, "file_dirty": 1 << 30, **lists}
+    if version == 2:
+        stat["slab_reclaimable"] = 2 << 30
+        folder, top, current, groups = "sys/fs/cgroup", "max", "current", "0::/"
+    else:
+        stat = {f"total_{name}": value for name, value in stat.items()} | {"active_file": 1}
+        folder, top, current, groups = "sys/fs/cgroup/memory", "limit_in_bytes", "usage_in_bytes", "4:memory:/"
+    write(
+        root,
+        {
+            "proc/meminfo": f"MemTotal: {512 << 20} kB\nMemAvailable: {400 << 20} kB",
+            "proc/self/cgroup": groups,
+            f"{folder}/memory.{top}": str(64 << 30),
+            f"{folder}/memory.{current}": str(used),
+            f"{folder}/memory.stat": "\n".join(f"{name} {value}" for name, value in stat.items()),
+        },
+    )
+    memory = limits.read_memory(str(root))
+    assert memory.free_bytes == (64 << 30) - used + cache + stat.get("slab_reclaimable", 0)
+    assert low_memory(memory, 0.1) is None
 
 
 def test_half_a_processor_is_one(root: Path) -> None:
