@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from robustloader.decisions.limits import (
     Lookahead,
+    Memory,
     Relief,
     Room,
     Shortage,
@@ -132,12 +133,16 @@ class MemoryGuard:
         self._due_ns = time.monotonic_ns() + LOOK_EVERY_NS
         if self.policy is None:
             return prefetch_factor
-        return self._plan(prefetch_factor, workers, 0, recording).prefetch_factor
+        memory = _read_memory()
+        if memory is None:
+            return prefetch_factor
+        return self._plan(prefetch_factor, workers, 0, memory, recording).prefetch_factor
 
     def batch_arrived(
         self, nbytes: int, *, prefetch_factor: int, workers: int, batches_here: int, recording: EpochRecording
     ) -> Lookahead | None:
-        """Take note of a batch's size. With the first of an epoch, the lookahead to go on with; else None.
+        """Take note of a batch's size. With the first of an epoch, or the first with which memory can be read,
+        the lookahead to go on with; else None.
 
         Raises:
             ResourceError: the batches to come do not fit, and the policy says to raise.
@@ -146,8 +151,11 @@ class MemoryGuard:
             self.measured.batch_bytes = nbytes
         if self._sized or self.policy is None:
             return None
+        memory = _read_memory()
+        if memory is None:
+            return None
         self._sized = True
-        return self._plan(prefetch_factor, workers, batches_here, recording)
+        return self._plan(prefetch_factor, workers, batches_here, memory, recording)
 
     def check_shared_memory(self, pids: list[int], recording: EpochRecording) -> None:
         """Warn where ``/dev/shm`` is nearly full and the dataset's own code uses it. Batches here never do.
@@ -164,7 +172,9 @@ class MemoryGuard:
         if any(map(limits.maps_shared_memory, pids)):
             self._report(_full_shared_memory(shared.free_bytes, shared.size_bytes, policy), recording, "")
 
-    def _plan(self, prefetch_factor: int, workers: int, batches_here: int, recording: EpochRecording) -> Lookahead:
+    def _plan(
+        self, prefetch_factor: int, workers: int, batches_here: int, memory: Memory, recording: EpochRecording
+    ) -> Lookahead:
         policy = self.policy
         assert policy is not None
         plan = plan_lookahead(
@@ -173,7 +183,7 @@ class MemoryGuard:
             min_workers=self._min_workers if self._can_shrink else workers,
             batch_bytes=self.measured.batch_bytes,
             batches_here=batches_here,
-            memory=limits.read_memory(),
+            memory=memory,
             fraction=policy.headroom_fraction,
         )
         asked = Lookahead(prefetch_factor=prefetch_factor, workers=workers)
@@ -196,14 +206,18 @@ class MemoryGuard:
         Looks also where the policy is None: whoever chooses the number of workers answers for what they take.
         """
         policy = self.policy
-        descriptors = limits.open_descriptors()
+        try:
+            descriptors, processes = limits.open_descriptors(), limits.read_processes()
+            memory = limits.read_memory()
+        except OSError as error:  # a batch is on its way to the loop: this must not be in its way
+            return Room(workers=0, reason=f"what is free cannot be read: {error}")
         if policy is None or policy.on_low != "adapt":  # the soft limit stays what it is
             descriptors = replace(descriptors, hard=min(descriptors.hard, descriptors.soft))
         room = plan_room(
             extra,
             descriptors=descriptors,
-            processes=limits.read_processes(),
-            memory=limits.read_memory(),
+            processes=processes,
+            memory=memory,
             fraction=(policy or MemoryPolicy()).headroom_fraction,
             batch_bytes=self.measured.batch_bytes,
             worker_bytes=worker_bytes,
@@ -239,11 +253,8 @@ class MemoryGuard:
         self._due_ns = now_ns + LOOK_EVERY_NS
         if policy is None or not settled:
             return "none", ""
-        try:
-            memory = limits.read_memory()
-        except OSError:  # no descriptor to read it with: another time
-            return "none", ""
-        shortage = low_memory(memory, policy.headroom_fraction)
+        memory = _read_memory()
+        shortage = low_memory(memory, policy.headroom_fraction) if memory is not None else None
         if shortage is None:
             return "none", ""
         relief: Relief = "none"
@@ -301,6 +312,14 @@ class MemoryGuard:
             return
         self.measured.warned.add(shortage.resource)
         warn_user(text)
+
+
+def _read_memory() -> Memory | None:
+    """Memory as it is now; None where there is no descriptor left to read it with: another time."""
+    try:
+        return limits.read_memory()
+    except OSError:
+        return None
 
 
 def _batches(number: int) -> str:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from robustloader.decisions.limits import Memory
+from robustloader.decisions.limits import Memory, exhaustion_hint
 
 __all__ = [
     "cpu_quota",
@@ -77,10 +77,14 @@ def memory_limits(root: str = "/") -> Iterator[Memory]:
 
 
 def memory_kills(root: str = "/") -> int | None:
-    """How many processes of our groups the kernel's memory killer has taken; None where no group counts them."""
+    """How many processes of our groups the kernel's memory killer has taken; None where no group counts them.
+
+    Raises:
+        OSError: this process or the machine has run out of what it takes to read them.
+    """
     counts = [
-        read_counter(f"{folder}/memory.{'events' if version == 2 else 'oom_control'}", "oom_kill", -1)
-        for folder, version in _groups("memory", root)
+        read_counter(f"{folder}/memory.{'events' if version == 2 else 'oom_control'}", "oom_kill", -1, strictly=True)
+        for folder, version in _groups("memory", root, strictly=True)
     ]
     known = [count for count in counts if count >= 0]
     return sum(known) if known else None
@@ -99,10 +103,10 @@ def process_limits(root: str = "/") -> Iterator[tuple[str, int]]:
             yield folder, max(0, int(top) - int(used))
 
 
-def _groups(controller: str, root: str) -> Iterator[_Group]:
+def _groups(controller: str, root: str, *, strictly: bool = False) -> Iterator[_Group]:
     """This process's groups for a controller, innermost first, with all those above them."""
     mounted = os.path.join(root, "sys/fs/cgroup")
-    for line in read_text(os.path.join(root, "proc/self/cgroup")).splitlines():
+    for line in read_text(os.path.join(root, "proc/self/cgroup"), strictly=strictly).splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if not names:  # version 2; where both are mounted, it is beside the others
@@ -127,21 +131,28 @@ def _groups(controller: str, root: str) -> Iterator[_Group]:
             path = os.path.dirname(path)
 
 
-def read_text(path: str) -> str:
-    """What a small file holds, without white space around it; "" where it cannot be read."""
+def read_text(path: str, *, strictly: bool = False) -> str:
+    """What a small file holds, without white space around it; "" where it cannot be read.
+
+    Args:
+        path: of the file.
+        strictly: raise where descriptors or memory to read it with have run out: that says nothing about the file.
+    """
     try:
         with open(path) as file:
             return file.read().strip()
-    except OSError:
+    except OSError as error:
+        if strictly and exhaustion_hint(error):
+            raise
         return ""
 
 
-def read_counter(path: str, name: str, default: int = 0) -> int:
+def read_counter(path: str, name: str, default: int = 0, *, strictly: bool = False) -> int:
     """The number beside ``name`` in a file of lines like ``name 12``."""
-    return read_counters(path).get(name, default)
+    return read_counters(path, strictly=strictly).get(name, default)
 
 
-def read_counters(path: str) -> dict[str, int]:
+def read_counters(path: str, *, strictly: bool = False) -> dict[str, int]:
     """Name → number, of a file of lines like ``name 12`` or ``name: 12 kB``."""
-    lines = (line.replace(":", " ").split() for line in read_text(path).splitlines())
+    lines = (line.replace(":", " ").split() for line in read_text(path, strictly=strictly).splitlines())
     return {words[0]: int(words[1]) for words in lines if len(words) >= 2 and words[1].isdigit()}

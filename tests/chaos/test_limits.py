@@ -86,6 +86,17 @@ def test_a_soft_limit_that_is_not_to_be_raised(recovers: str) -> None:
     assert told["soft"] == 64
 
 
+def test_no_file_left_to_look_at_memory_with() -> None:
+    """No batch is lost or held up; memory is looked at when it can be read again, and so is the room for workers."""
+    told = run("no_descriptor")
+    assert told["seen"] == list(range(64))
+    assert told["sized"] == [False, True]
+    workers, reason = told["room"]
+    assert workers == 0
+    assert "Too many open files" in reason
+    assert "64 of 64 descriptors are open" in told["explained"]
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_what_a_worker_takes_is_counted_right(method: str) -> None:
     """No worker takes more open files of the training process than the rule allows for."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing as mp
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,6 +177,31 @@ def test_a_group_larger_than_the_host_is_no_limit(root: Path) -> None:
         },
     )
     assert limits.read_memory(str(root)).source == "host"
+
+
+def test_kills_that_cannot_be_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor left there is no count: neither that of fewer groups, nor the host's."""
+    group = "sys/fs/cgroup/job"
+    write(root, {"proc/self/cgroup": "0::/job", f"{group}/memory.events": "oom_kill 3", "proc/vmstat": "oom_kill 9"})
+    top = str(root)
+    assert limits.memory_kills(top) == 3
+
+    unreadable = []
+
+    def run_out(path: str, *arguments: Any) -> Any:
+        if path.endswith(tuple(unreadable)):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return open(path, *arguments)
+
+    monkeypatch.setattr(cgroups, "open", run_out, raising=False)
+    for name in ("proc/self/cgroup", "memory.events"):
+        unreadable[:] = [name]
+        assert limits.memory_kills(top) is None
+    (root / group / "memory.events").unlink()
+    unreadable[:] = ["vmstat"]
+    assert limits.memory_kills(top) is None
+    unreadable.clear()
+    assert limits.memory_kills(top) == 9
 
 
 # --- /dev/shm ---------------------------------------------------------------------------------------------------------
