@@ -57,6 +57,7 @@ from robustloader.transport.messages import (
     StartFailed,
     Trial,
     TrialPassed,
+    Trimmed,
     Unfilled,
 )
 from robustloader.worker.fetch import Broken, Ended, Loaded, Short
@@ -728,6 +729,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             worker.finished += 1
             self._recovery.on_trial_passed(slot)
             self._feed_all()
+        elif isinstance(message, Trimmed):
+            worker.trimming = False
         elif message.run == self._books.run:
             self._on_task_message(message, slot, worker, frame)
             self._end_holding()
@@ -921,16 +924,18 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._end_holding(fits=fits)
 
     def _watch_memory(self) -> None:
-        """Memory that becomes low in the middle of an epoch: give up lookahead, then workers."""
+        """Memory that becomes low in the middle of an epoch: give up lookahead and what it took, then workers."""
         now, guard, crew = time.monotonic_ns(), self._guard, self._crew
         if not guard.due(now) or self._recovery.local or self.closed:
             return
+        under_way = self._put_ahead or any(slot.leaving for slot in crew.slots)
+        under_way = under_way or any(worker.trimming for worker in self._pool.workers)
         try:
             relief, reason = guard.look(
                 now,
                 prefetch_factor=self._prefetch,
                 workers=crew.size,
-                settled=not self._put_ahead and not any(slot.leaving for slot in crew.slots),
+                settled=not under_way,
                 recording=self._books.recording,
             )
         except ResourceError as error:
@@ -938,6 +943,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return
         if relief == "prefetch":
             self._lower_prefetch(1)
+        elif relief == "idle":
+            self._pool.ask_to_trim()
         elif relief == "workers":
             self._take_away(1, reason)
 

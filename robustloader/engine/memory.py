@@ -70,6 +70,7 @@ class MemoryGuard:
         self._can_shrink = can_shrink
         self._sized = False
         self._told = False
+        self._trimmed = False
         self._due_ns = 0
 
     # --- before workers are started
@@ -129,7 +130,7 @@ class MemoryGuard:
         Raises:
             ResourceError: too little is, and the policy says to raise.
         """
-        self._sized = self._told = False
+        self._sized = self._told = self._trimmed = False
         self._due_ns = time.monotonic_ns() + LOOK_EVERY_NS
         if self.policy is None:
             return prefetch_factor
@@ -264,7 +265,11 @@ class MemoryGuard:
                 workers=workers,
                 min_workers=self._min_workers,
                 can_shrink=self._can_shrink,
+                trimmed=self._trimmed,
             )
+        self._trimmed = relief != "prefetch" and (self._trimmed or relief == "idle")
+        if relief == "idle":  # costs nothing: nothing to tell
+            return relief, shortage.text
         if relief == "none" and self._told:
             return "none", ""
         self._told = self._told or relief == "none"

@@ -24,7 +24,8 @@ from robustloader import (
 )
 from robustloader.decisions.limits import DESCRIPTORS_PER_WORKER, Memory, SharedMemory
 from robustloader.engine import memory as guard
-from tests.support.limited import MIB, Leaky, LeakyStream
+from tests.parity.test_lifetimes import shared_bytes
+from tests.support.limited import MIB, Large, Leaky, LeakyStream
 from tests.support.listener import Listener, flat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,6 +301,31 @@ def test_memory_that_becomes_low(reading: Reading, in_order: bool) -> None:
     assert len(caught) == 1, "one warning, the rest is in the log and the events"
     assert loader.summary().workers_at_end == 1
     assert loader.summary().crashes == loader.summary().restarts == 0
+
+
+def test_the_lookahead_that_was_given_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that much suffices no worker goes: what the batches took is free by the next look."""
+    monkeypatch.setattr(guard, "LOOK_EVERY_NS", 0)
+    monkeypatch.setattr(guard.limits, "read_memory", lambda root="/": PLENTY)
+    listener = Listener()
+    loader: Any = RobustDataLoader(Large(100, 4 * MIB), num_workers=2, prefetch_factor=8, telemetry=listener.policy)
+    batches = iter(loader)
+    seen = [float(next(batches)[0, 0])]
+    while batches._books.ledger.ready < 16:
+        batches._turn()
+
+    def read() -> Memory:
+        held = sum(shared_bytes(process.pid) for process in batches.processes())
+        return Memory(limit_bytes=1000 * MIB, free_bytes=148 * MIB - held)
+
+    assert read().free_bytes < 100 * MIB, "all of the lookahead is in memory"
+    monkeypatch.setattr(guard.limits, "read_memory", read)
+    with pytest.warns(RobustLoaderWarning, match="one batch per worker is prefetched"):
+        seen += [float(batch[0, 0]) for batch in batches]
+    assert seen == [float(number) for number in range(100)]
+    assert not listener.of(PoolShrunk)
+    assert len(listener.of(MemoryLow)) == 1
+    assert loader.summary().workers_at_end == 2
 
 
 def test_memory_that_was_low_for_a_moment(reading: Reading) -> None:
