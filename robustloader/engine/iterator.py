@@ -30,7 +30,7 @@ from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import LOOKED_AT, StandIn, batch_nbytes, calls_of
-from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits, auto_ceiling
+from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
@@ -129,8 +129,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._persistent = loader.persistent_workers and not self._rest_only
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
-        most = self.num_workers if adaptation is None else max(self.num_workers, auto_ceiling())
-        self._arena, self._no_arena = arena_limits(options.transport, options.memory, most)
+        self._arena, self._no_arena = arena_limits(
+            options.transport, options.memory, self.num_workers, resizes=adaptation is not None
+        )
         self._happenings: deque[Happening] = deque()
         self._size_awaited = False
         self._held: deque[Task] = deque()

@@ -39,7 +39,7 @@ from robustloader.system.mapping import SharedMapping
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.arena import ArenaLimits
 
-__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits", "auto_ceiling"]
+__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits"]
 
 logger = logging.getLogger("robustloader")
 
@@ -367,15 +367,24 @@ def _resource_error(shortages: list[Shortage]) -> ResourceError:
     )
 
 
-def auto_ceiling() -> int:
-    """The most workers that ``num_workers="auto"`` may come to on this machine."""
-    return OVERSUBSCRIPTION * max(1, limits.usable_cpus() // limits.local_world_size())
+def _processors() -> int:
+    """This rank's share of the machine's."""
+    return max(1, limits.usable_cpus() // limits.local_world_size())
 
 
-def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers: int) -> tuple[ArenaLimits | None, str]:
+def arena_limits(
+    transport: Transport, policy: MemoryPolicy | None, num_workers: int, *, resizes: bool = False
+) -> tuple[ArenaLimits | None, str]:
     """How large each worker's arena may get; None, and why, where batches have to go through the sockets.
 
     All arenas together get ``MemoryPolicy.max_arena_bytes``, or half of what is free beyond the policy's headroom.
+
+    Args:
+        transport, policy: as the loader was told.
+        num_workers: that are started.
+        resizes: ``num_workers="auto"``. There may come to be several times as many workers as processors. A bound of
+            the user's holds then, too; the default is shared out as if there were one for each processor: pools that
+            are larger have batches that take long and little memory, and the headroom is looked at before each growth.
 
     Raises:
         ResourceError: ``transport="arena"`` was asked for, and the system has no shared memory of this kind.
@@ -394,7 +403,10 @@ def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers:
             ) from error
         return None, reason
     memory = limits.read_memory()
+    shares = num_workers
+    if resizes:
+        shares = max(shares, _processors() * (1 if allowed.max_arena_bytes is None else OVERSUBSCRIPTION))
     together = plan_arena_bytes(
-        allowed.max_arena_bytes, memory, allowed.headroom_fraction, least=_LEAST_ARENA_BYTES * num_workers
+        allowed.max_arena_bytes, memory, allowed.headroom_fraction, least=_LEAST_ARENA_BYTES * shares
     )
-    return ArenaLimits(together // num_workers, headroom_bytes(memory, allowed.headroom_fraction)), ""
+    return ArenaLimits(together // shares, headroom_bytes(memory, allowed.headroom_fraction)), ""

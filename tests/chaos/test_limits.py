@@ -272,6 +272,26 @@ def test_the_arenas_share_their_bound(reading: Reading, bound: int | None, each:
     assert arena is None or arena.reserve_bytes == 100 * MIB
 
 
+@pytest.mark.parametrize(
+    ("workers", "bound", "each"),
+    [
+        (4, None, 100 * MIB),
+        (2, None, 100 * MIB),
+        (5, None, 80 * MIB),
+        (4, 1600 * MIB, 100 * MIB),
+        (20, 2000 * MIB, 100 * MIB),
+    ],
+)
+def test_a_pool_that_grows_shares_arenas_by_processors(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch, workers: int, bound: int | None, each: int
+) -> None:
+    """Four processors, as with four workers that stay; a bound holds for the most workers there may be."""
+    monkeypatch.setattr(guard.limits, "usable_cpus", lambda: 4)
+    arena, _ = guard.arena_limits("auto", MemoryPolicy(max_arena_bytes=bound), workers, resizes=True)
+    assert arena is not None
+    assert arena.max_bytes == each
+
+
 # --- memory, while an epoch runs --------------------------------------------------------------------------------------
 
 
