@@ -340,13 +340,23 @@ def _memory_shortage(
     return Shortage(resource="memory", wanted=wanted, free=memory.free_bytes, text=text, remedy=REMEDY_MEMORY)
 
 
-Relief = Literal["prefetch", "workers", "none"]
+Relief = Literal["prefetch", "idle", "workers", "none"]
 
 
-def plan_relief(*, prefetch_factor: int, workers: int, min_workers: int, can_shrink: bool) -> Relief:
-    """What to give up next while memory is low in the middle of an epoch: lookahead first, then a worker."""
+def plan_relief(*, prefetch_factor: int, workers: int, min_workers: int, can_shrink: bool, trimmed: bool) -> Relief:
+    """What to give up next while memory is low in the middle of an epoch: lookahead first, then the memory that it took
+    and that lies idle now, then a worker.
+
+    Args:
+        prefetch_factor, workers: as they are.
+        min_workers: fewer are no choice.
+        can_shrink: whether workers may be taken away.
+        trimmed: whether idle memory was given back since the lookahead was lowered.
+    """
     if prefetch_factor > 1:
         return "prefetch"
+    if not trimmed:
+        return "idle"
     return "workers" if can_shrink and workers > min_workers else "none"
 
 

@@ -214,7 +214,9 @@ class Crew:
         """Why a worker died."""
         reason = died.worker.killed_for
         code = died.exitcode
-        kills, self._oom_kills = self._oom_kills, host.memory_kills()
+        before, kills = self._oom_kills, host.memory_kills()
+        if kills is not None:
+            self._oom_kills = kills
         if reason == "hang":
             return "hang"
         if reason == "start":
@@ -224,7 +226,7 @@ class Crew:
         if code == 1 and not died.worker.ready:
             return "start"  # Python's exit status after an exception in multiprocessing's own start-up
         if code == -signal.SIGKILL:
-            memory = self._oom_kills > kills
+            memory = before is not None and kills is not None and kills > before
             self.memory_killed = self.memory_killed or memory
             return "memory" if memory else "killed"
         if code == -signal.SIGBUS:

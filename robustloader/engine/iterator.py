@@ -30,7 +30,7 @@ from robustloader.engine.books import MAX_ROUNDS, Books, Result, loaded_indices
 from robustloader.engine.crew import Crew, Slot
 from robustloader.engine.faults import rebuild
 from robustloader.engine.inprocess import LOOKED_AT, StandIn, batch_nbytes, calls_of
-from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits, auto_ceiling
+from robustloader.engine.memory import UNSIZED_PREFETCH, MemoryGuard, arena_limits
 from robustloader.engine.options import EngineOptions
 from robustloader.engine.pinning import Pinner
 from robustloader.engine.pool import Died, Happening, Pool, Said, Started, Worker
@@ -57,6 +57,7 @@ from robustloader.transport.messages import (
     StartFailed,
     Trial,
     TrialPassed,
+    Trimmed,
     Unfilled,
 )
 from robustloader.worker.fetch import Broken, Ended, Loaded, Short
@@ -128,8 +129,9 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._persistent = loader.persistent_workers and not self._rest_only
         self._worker_init_fn = loader.worker_init_fn
         self.closed = False
-        most = self.num_workers if adaptation is None else max(self.num_workers, auto_ceiling())
-        self._arena, self._no_arena = arena_limits(options.transport, options.memory, most)
+        self._arena, self._no_arena = arena_limits(
+            options.transport, options.memory, self.num_workers, resizes=adaptation is not None
+        )
         self._happenings: deque[Happening] = deque()
         self._size_awaited = False
         self._held: deque[Task] = deque()
@@ -732,6 +734,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             worker.finished += 1
             self._recovery.on_trial_passed(slot)
             self._feed_all()
+        elif isinstance(message, Trimmed):
+            worker.trimming = False
         elif message.run == self._books.run:
             self._on_task_message(message, slot, worker, frame)
             self._end_holding()
@@ -926,16 +930,18 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._end_holding(fits=fits)
 
     def _watch_memory(self) -> None:
-        """Memory that becomes low in the middle of an epoch: give up lookahead, then workers."""
+        """Memory that becomes low in the middle of an epoch: give up lookahead and what it took, then workers."""
         now, guard, crew = time.monotonic_ns(), self._guard, self._crew
         if not guard.due(now) or self._recovery.local or self.closed:
             return
+        under_way = self._put_ahead or any(slot.leaving for slot in crew.slots)
+        under_way = under_way or any(worker.trimming for worker in self._pool.workers)
         try:
             relief, reason = guard.look(
                 now,
                 prefetch_factor=self._prefetch,
                 workers=crew.size,
-                settled=not self._put_ahead and not any(slot.leaving for slot in crew.slots),
+                settled=not under_way,
                 recording=self._books.recording,
             )
         except ResourceError as error:
@@ -943,6 +949,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             return
         if relief == "prefetch":
             self._lower_prefetch(1)
+        elif relief == "idle":
+            self._pool.ask_to_trim()
         elif relief == "workers":
             self._take_away(1, reason)
 

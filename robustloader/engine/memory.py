@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from robustloader.decisions.limits import (
     Lookahead,
+    Memory,
     Relief,
     Room,
     Shortage,
@@ -38,7 +39,7 @@ from robustloader.system.mapping import SharedMapping
 from robustloader.telemetry import EpochRecording
 from robustloader.transport.arena import ArenaLimits
 
-__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits", "auto_ceiling"]
+__all__ = ["UNSIZED_PREFETCH", "MemoryGuard", "arena_limits"]
 
 logger = logging.getLogger("robustloader")
 
@@ -69,6 +70,7 @@ class MemoryGuard:
         self._can_shrink = can_shrink
         self._sized = False
         self._told = False
+        self._trimmed = False
         self._due_ns = 0
 
     # --- before workers are started
@@ -128,16 +130,20 @@ class MemoryGuard:
         Raises:
             ResourceError: too little is, and the policy says to raise.
         """
-        self._sized = self._told = False
+        self._sized = self._told = self._trimmed = False
         self._due_ns = time.monotonic_ns() + LOOK_EVERY_NS
         if self.policy is None:
             return prefetch_factor
-        return self._plan(prefetch_factor, workers, 0, recording).prefetch_factor
+        memory = _read_memory()
+        if memory is None:
+            return prefetch_factor
+        return self._plan(prefetch_factor, workers, 0, memory, recording).prefetch_factor
 
     def batch_arrived(
         self, nbytes: int, *, prefetch_factor: int, workers: int, batches_here: int, recording: EpochRecording
     ) -> Lookahead | None:
-        """Take note of a batch's size. With the first of an epoch, the lookahead to go on with; else None.
+        """Take note of a batch's size. With the first of an epoch, or the first with which memory can be read,
+        the lookahead to go on with; else None.
 
         Raises:
             ResourceError: the batches to come do not fit, and the policy says to raise.
@@ -146,8 +152,11 @@ class MemoryGuard:
             self.measured.batch_bytes = nbytes
         if self._sized or self.policy is None:
             return None
+        memory = _read_memory()
+        if memory is None:
+            return None
         self._sized = True
-        return self._plan(prefetch_factor, workers, batches_here, recording)
+        return self._plan(prefetch_factor, workers, batches_here, memory, recording)
 
     def check_shared_memory(self, pids: list[int], recording: EpochRecording) -> None:
         """Warn where ``/dev/shm`` is nearly full and the dataset's own code uses it. Batches here never do.
@@ -164,7 +173,9 @@ class MemoryGuard:
         if any(map(limits.maps_shared_memory, pids)):
             self._report(_full_shared_memory(shared.free_bytes, shared.size_bytes, policy), recording, "")
 
-    def _plan(self, prefetch_factor: int, workers: int, batches_here: int, recording: EpochRecording) -> Lookahead:
+    def _plan(
+        self, prefetch_factor: int, workers: int, batches_here: int, memory: Memory, recording: EpochRecording
+    ) -> Lookahead:
         policy = self.policy
         assert policy is not None
         plan = plan_lookahead(
@@ -173,7 +184,7 @@ class MemoryGuard:
             min_workers=self._min_workers if self._can_shrink else workers,
             batch_bytes=self.measured.batch_bytes,
             batches_here=batches_here,
-            memory=limits.read_memory(),
+            memory=memory,
             fraction=policy.headroom_fraction,
         )
         asked = Lookahead(prefetch_factor=prefetch_factor, workers=workers)
@@ -196,14 +207,18 @@ class MemoryGuard:
         Looks also where the policy is None: whoever chooses the number of workers answers for what they take.
         """
         policy = self.policy
-        descriptors = limits.open_descriptors()
+        try:
+            descriptors, processes = limits.open_descriptors(), limits.read_processes()
+            memory = limits.read_memory()
+        except OSError as error:  # a batch is on its way to the loop: this must not be in its way
+            return Room(workers=0, reason=f"what is free cannot be read: {error}")
         if policy is None or policy.on_low != "adapt":  # the soft limit stays what it is
             descriptors = replace(descriptors, hard=min(descriptors.hard, descriptors.soft))
         room = plan_room(
             extra,
             descriptors=descriptors,
-            processes=limits.read_processes(),
-            memory=limits.read_memory(),
+            processes=processes,
+            memory=memory,
             fraction=(policy or MemoryPolicy()).headroom_fraction,
             batch_bytes=self.measured.batch_bytes,
             worker_bytes=worker_bytes,
@@ -239,11 +254,8 @@ class MemoryGuard:
         self._due_ns = now_ns + LOOK_EVERY_NS
         if policy is None or not settled:
             return "none", ""
-        try:
-            memory = limits.read_memory()
-        except OSError:  # no descriptor to read it with: another time
-            return "none", ""
-        shortage = low_memory(memory, policy.headroom_fraction)
+        memory = _read_memory()
+        shortage = low_memory(memory, policy.headroom_fraction) if memory is not None else None
         if shortage is None:
             return "none", ""
         relief: Relief = "none"
@@ -253,7 +265,11 @@ class MemoryGuard:
                 workers=workers,
                 min_workers=self._min_workers,
                 can_shrink=self._can_shrink,
+                trimmed=self._trimmed,
             )
+        self._trimmed = relief != "prefetch" and (self._trimmed or relief == "idle")
+        if relief == "idle":  # costs nothing: nothing to tell
+            return relief, shortage.text
         if relief == "none" and self._told:
             return "none", ""
         self._told = self._told or relief == "none"
@@ -303,6 +319,14 @@ class MemoryGuard:
         warn_user(text)
 
 
+def _read_memory() -> Memory | None:
+    """Memory as it is now; None where there is no descriptor left to read it with: another time."""
+    try:
+        return limits.read_memory()
+    except OSError:
+        return None
+
+
 def _batches(number: int) -> str:
     return "one batch" if number == 1 else f"{number} batches"
 
@@ -343,15 +367,24 @@ def _resource_error(shortages: list[Shortage]) -> ResourceError:
     )
 
 
-def auto_ceiling() -> int:
-    """The most workers that ``num_workers="auto"`` may come to on this machine."""
-    return OVERSUBSCRIPTION * max(1, limits.usable_cpus() // limits.local_world_size())
+def _processors() -> int:
+    """This rank's share of the machine's."""
+    return max(1, limits.usable_cpus() // limits.local_world_size())
 
 
-def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers: int) -> tuple[ArenaLimits | None, str]:
+def arena_limits(
+    transport: Transport, policy: MemoryPolicy | None, num_workers: int, *, resizes: bool = False
+) -> tuple[ArenaLimits | None, str]:
     """How large each worker's arena may get; None, and why, where batches have to go through the sockets.
 
     All arenas together get ``MemoryPolicy.max_arena_bytes``, or half of what is free beyond the policy's headroom.
+
+    Args:
+        transport, policy: as the loader was told.
+        num_workers: that are started.
+        resizes: ``num_workers="auto"``. There may come to be several times as many workers as processors. A bound of
+            the user's holds then, too; the default is shared out as if there were one for each processor: pools that
+            are larger have batches that take long and little memory, and the headroom is looked at before each growth.
 
     Raises:
         ResourceError: ``transport="arena"`` was asked for, and the system has no shared memory of this kind.
@@ -370,7 +403,10 @@ def arena_limits(transport: Transport, policy: MemoryPolicy | None, num_workers:
             ) from error
         return None, reason
     memory = limits.read_memory()
+    shares = num_workers
+    if resizes:
+        shares = max(shares, _processors() * (1 if allowed.max_arena_bytes is None else OVERSUBSCRIPTION))
     together = plan_arena_bytes(
-        allowed.max_arena_bytes, memory, allowed.headroom_fraction, least=_LEAST_ARENA_BYTES * num_workers
+        allowed.max_arena_bytes, memory, allowed.headroom_fraction, least=_LEAST_ARENA_BYTES * shares
     )
-    return ArenaLimits(together // num_workers, headroom_bytes(memory, allowed.headroom_fraction)), ""
+    return ArenaLimits(together // shares, headroom_bytes(memory, allowed.headroom_fraction)), ""

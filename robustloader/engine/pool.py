@@ -27,7 +27,7 @@ from robustloader.system import host
 from robustloader.transport.arena import ForkToken, own_fork
 from robustloader.transport.channel import ArenaLost, Frame, channel_pair
 from robustloader.transport.codec import Parcel
-from robustloader.transport.messages import Released
+from robustloader.transport.messages import Released, Trim
 from robustloader.worker.beacon import INIT, Beacon, Reading
 from robustloader.worker.process import STACK_SIGNAL, Setup, run_worker
 
@@ -54,6 +54,7 @@ class Worker:
         killed_for: why it is as good as killed by this process ("hang", "start", "arena"), or "".
         backlogged: the pool waits until its socket takes more.
         arena_lost: why its arena could not be had here, or "".
+        trimming: it was asked to give back idle memory, and has not said yet that it did.
         run: the iterator's epoch it was started in.
         silent_s, task_s: how long it has been in one phase, and with one task, while the trainer waited, in seconds.
         stack: its Python stacks as text, once it was found to hang.
@@ -82,6 +83,7 @@ class Worker:
         self.killed_for = ""
         self.arena_lost = ""
         self.backlogged = False
+        self.trimming = False
         self.run = 0
         self.gone_ns = 0
         self.killed_ns = 0
@@ -382,6 +384,13 @@ class Pool:
         for worker in self.workers:
             if worker.channel.has_released:
                 self.send(worker, Released())
+
+    def ask_to_trim(self) -> None:
+        """Have the workers give back what lies idle in their arenas, where otherwise it would stay for many batches."""
+        for worker in self.workers:
+            if worker.ready and not worker.dismissed:
+                worker.trimming = True
+                self.send(worker, Trim())
 
     def _watch_writing(self, worker: Worker) -> None:
         backlog = worker.channel.backlog

@@ -7,6 +7,7 @@ or a folder with copies of the files of ``/proc``, ``/sys/fs/cgroup`` and ``/dev
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import multiprocessing
 import os
@@ -80,14 +81,20 @@ def free_memory_bytes(root: str = "/") -> tuple[int, int]:
     return memory.free_bytes, memory.limit_bytes
 
 
-def memory_kills(root: str = "/") -> int:
-    """How many processes the kernel's memory killer has taken: in our control groups, or on the host without any.
+def memory_kills(root: str = "/") -> int | None:
+    """How many processes the kernel's memory killer has taken: in our control groups, or on the host without any; None
+    where there is no descriptor left to read it with.
 
     Only a rise between two readings means something.
     *Source*: ``memory.events`` (cgroup v2), ``memory.oom_control`` (v1), ``oom_kill`` in ``/proc/vmstat``.
     """
-    kills = cgroups.memory_kills(root)
-    return kills if kills is not None else read_counter(os.path.join(root, "proc/vmstat"), "oom_kill")
+    try:
+        kills = cgroups.memory_kills(root)
+        if kills is None:
+            kills = read_counter(os.path.join(root, "proc/vmstat"), "oom_kill", strictly=True)
+    except OSError:
+        return None
+    return kills
 
 
 def private_bytes(root: str = "/") -> int:
@@ -190,9 +197,15 @@ def _stale_entries(root: str, folder: str) -> dict[str, int]:
 
 
 def open_descriptors() -> Descriptors:
-    """Open files of this process, and its limits."""
+    """Open files of this process, and its limits. Where none is left to count them with, as many as are allowed."""
     soft, hard = (1 << 62 if limit == resource.RLIM_INFINITY else limit for limit in _limits(resource.RLIMIT_NOFILE))
-    return Descriptors(used=len(os.listdir("/proc/self/fd")), soft=soft, hard=hard)
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        used = soft
+    return Descriptors(used=used, soft=soft, hard=hard)
 
 
 def raise_descriptor_limit(soft: int) -> None:

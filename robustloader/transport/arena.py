@@ -14,8 +14,8 @@ in the training process or in the worker, the worker begins a new arena; the old
 that maps it has gone. What is released late, of the old one, has another name than anything in the new one.
 
 **Memory.** In a control group with a memory limit, writing to a page is answered by the memory killer and not by an
-error, so the headroom is looked at before the arena grows, and what has lain idle for a while is given back; so is,
-when the worker has ended, all that nobody looks at.
+error, so the headroom is looked at before the arena grows, and what has lain idle for a while is given back, or at
+once where memory has become low; so is, when the worker has ended, all that nobody looks at.
 """
 
 from __future__ import annotations
@@ -282,6 +282,7 @@ class Arena:
         self._extents: dict[int, _Extent] = {}
         self._batches = 0
         self._idle = 1 << 62
+        self._taken = self._last_taken = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """An uninitialised tensor in an extent of its own; None where it is too small for one or there is no memory."""
@@ -308,6 +309,7 @@ class Arena:
             placed = self._place(Buffer(-1, memoryview(pickled)), found)
             if isinstance(placed, Placed):
                 pickled = placed
+        self._last_taken, self._taken = self._taken, 0
         self._give_back_idle()
         return Parcel(pickled, buffers, parcel.keep)
 
@@ -333,6 +335,12 @@ class Arena:
             self._cool(self._map.warm)
             self._base += self._mapping.size
         self._forget()
+
+    def trim(self) -> None:
+        """Memory is low: give back now what lies idle, but for what a batch like the last one will take."""
+        self._drain()
+        self._cool(max(0, self._map.warm - self._last_taken))
+        self._batches, self._idle, self._credit = 0, 1 << 62, 0
 
     def close(self) -> None:
         """In a process forked from the worker: the arena is the worker's to fill."""
@@ -391,6 +399,7 @@ class Arena:
                 self.trouble = f"no room for an extent of {nbytes:,} bytes in the arena"
                 return None
         extent = self._extents[offset] = _Extent(offset, whole_pages(nbytes), local=local)
+        self._taken += extent.size
         return extent
 
     def _open(self) -> bool:

@@ -1,8 +1,8 @@
 """What the two sides say to each other, one class per message.
 
-Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`, :class:`Released`.
+Training process to worker: :class:`Fetch`, :class:`Trial`, :class:`Resume`, :class:`Released`, :class:`Trim`.
 Worker to training process: :class:`Ready`, :class:`Resumed`, :class:`StartFailed`, :class:`Fetched`, :class:`Unfilled`,
-:class:`Failed`, :class:`Exhausted`, :class:`TrialPassed`.
+:class:`Failed`, :class:`Exhausted`, :class:`TrialPassed`, :class:`Trimmed`.
 
 ``run`` numbers the epochs of one iterator, so that what a worker still loads of an abandoned epoch is told apart.
 """
@@ -32,6 +32,8 @@ __all__ = [
     "StartFailed",
     "Trial",
     "TrialPassed",
+    "Trim",
+    "Trimmed",
     "Unfilled",
     "as_plain",
     "from_plain",
@@ -75,6 +77,14 @@ class Resume(NamedTuple):
 
 class Released(NamedTuple):
     """Nothing to do: only that memory of the arena may be used again, which goes along with any message."""
+
+
+class Trim(NamedTuple):
+    """Memory is low: give back to the system what lies idle in the arena, and say so."""
+
+
+class Trimmed(NamedTuple):
+    """What :class:`Trim` asked for is done."""
 
 
 class Resumed(NamedTuple):
@@ -243,6 +253,8 @@ _KINDS: tuple[type[Any], ...] = (
     Exhausted,
     TrialPassed,
     Released,
+    Trim,
+    Trimmed,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
 

@@ -41,6 +41,8 @@ from robustloader.transport.messages import (
     StartFailed,
     Trial,
     TrialPassed,
+    Trim,
+    Trimmed,
     Unfilled,
 )
 from robustloader.worker.beacon import ENCODE, INIT, Beacon
@@ -277,6 +279,10 @@ class _Worker:
                 self.fetcher.trial(message)
                 self.beacon.finish()
                 self.channel.send(TrialPassed(message.run, message.task, message.position))
+            elif isinstance(message, Trim):
+                if self.arena is not None:
+                    self.arena.trim()
+                self.channel.send(Trimmed())
 
     def _resume(self, message: Resume) -> bool:
         self.run, self.epoch, self.base_seed = message.run, message.epoch, message.base_seed

@@ -24,7 +24,8 @@ from robustloader import (
 )
 from robustloader.decisions.limits import DESCRIPTORS_PER_WORKER, Memory, SharedMemory
 from robustloader.engine import memory as guard
-from tests.support.limited import MIB, Leaky, LeakyStream
+from tests.parity.test_lifetimes import shared_bytes
+from tests.support.limited import MIB, Large, Leaky, LeakyStream
 from tests.support.listener import Listener, flat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +85,17 @@ def test_a_soft_limit_that_is_not_to_be_raised(recovers: str) -> None:
     told = run("descriptors", "64", "4096", "raise", recovers)
     assert "soft limit is 64" in told["error"]
     assert told["soft"] == 64
+
+
+def test_no_file_left_to_look_at_memory_with() -> None:
+    """No batch is lost or held up; memory is looked at when it can be read again, and so is the room for workers."""
+    told = run("no_descriptor")
+    assert told["seen"] == list(range(64))
+    assert told["sized"] == [False, True]
+    workers, reason = told["room"]
+    assert workers == 0
+    assert "Too many open files" in reason
+    assert "64 of 64 descriptors are open" in told["explained"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -260,6 +272,26 @@ def test_the_arenas_share_their_bound(reading: Reading, bound: int | None, each:
     assert arena is None or arena.reserve_bytes == 100 * MIB
 
 
+@pytest.mark.parametrize(
+    ("workers", "bound", "each"),
+    [
+        (4, None, 100 * MIB),
+        (2, None, 100 * MIB),
+        (5, None, 80 * MIB),
+        (4, 1600 * MIB, 100 * MIB),
+        (20, 2000 * MIB, 100 * MIB),
+    ],
+)
+def test_a_pool_that_grows_shares_arenas_by_processors(
+    reading: Reading, monkeypatch: pytest.MonkeyPatch, workers: int, bound: int | None, each: int
+) -> None:
+    """Four processors, as with four workers that stay; a bound holds for the most workers there may be."""
+    monkeypatch.setattr(guard.limits, "usable_cpus", lambda: 4)
+    arena, _ = guard.arena_limits("auto", MemoryPolicy(max_arena_bytes=bound), workers, resizes=True)
+    assert arena is not None
+    assert arena.max_bytes == each
+
+
 # --- memory, while an epoch runs --------------------------------------------------------------------------------------
 
 
@@ -289,6 +321,31 @@ def test_memory_that_becomes_low(reading: Reading, in_order: bool) -> None:
     assert len(caught) == 1, "one warning, the rest is in the log and the events"
     assert loader.summary().workers_at_end == 1
     assert loader.summary().crashes == loader.summary().restarts == 0
+
+
+def test_the_lookahead_that_was_given_up_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that much suffices no worker goes: what the batches took is free by the next look."""
+    monkeypatch.setattr(guard, "LOOK_EVERY_NS", 0)
+    monkeypatch.setattr(guard.limits, "read_memory", lambda root="/": PLENTY)
+    listener = Listener()
+    loader: Any = RobustDataLoader(Large(100, 4 * MIB), num_workers=2, prefetch_factor=8, telemetry=listener.policy)
+    batches = iter(loader)
+    seen = [float(next(batches)[0, 0])]
+    while batches._books.ledger.ready < 16:
+        batches._turn()
+
+    def read() -> Memory:
+        held = sum(shared_bytes(process.pid) for process in batches.processes())
+        return Memory(limit_bytes=1000 * MIB, free_bytes=148 * MIB - held)
+
+    assert read().free_bytes < 100 * MIB, "all of the lookahead is in memory"
+    monkeypatch.setattr(guard.limits, "read_memory", read)
+    with pytest.warns(RobustLoaderWarning, match="one batch per worker is prefetched"):
+        seen += [float(batch[0, 0]) for batch in batches]
+    assert seen == [float(number) for number in range(100)]
+    assert not listener.of(PoolShrunk)
+    assert len(listener.of(MemoryLow)) == 1
+    assert loader.summary().workers_at_end == 2
 
 
 def test_memory_that_was_low_for_a_moment(reading: Reading) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -167,6 +168,27 @@ def descriptors(soft: str, hard: str, on_low: str, recovers: str) -> None:
     tell(**facts, soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
+def no_descriptor() -> None:
+    """Run out of files, in the training process, after ``iter()``; have some again from the eleventh batch on."""
+    loader: Any = RobustDataLoader(Leaky(64, 0), num_workers=2, transport="pipe")
+    batches = iter(loader)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    files = []
+    with contextlib.suppress(OSError):
+        while True:
+            files.append(os.dup(0))
+    guard = batches._guard
+    room = guard.room(1, prefetch_factor=2, worker_bytes=1, ranks=1)
+    explained = guard.explain(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    seen = flat(next(batches) for _ in range(10))
+    sized = [guard._sized]
+    for number in files:
+        os.close(number)
+    seen += flat(batches)
+    sized.append(guard._sized)
+    tell(seen=seen, sized=sized, room=[room.workers, room.reason], explained=str(explained))
+
+
 def small_shm() -> None:
     """What doctor says of torch's loader, what torch's loader does, and what this one does."""
     dataset = Large()
@@ -205,4 +227,5 @@ def small_memory(group: str) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    {"descriptors": descriptors, "small_shm": small_shm, "small_memory": small_memory}[sys.argv[1]](*sys.argv[2:])
+    programs = (descriptors, no_descriptor, small_shm, small_memory)
+    next(program for program in programs if program.__name__ == sys.argv[1])(*sys.argv[2:])

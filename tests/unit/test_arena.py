@@ -520,6 +520,22 @@ def resident(mapping: SharedMapping) -> int:
     return 0
 
 
+def test_idle_memory_is_given_back_at_once_where_memory_is_low(ends: Ends) -> None:
+    """Five batches were under way and one is now: the next one finds its memory, the rest goes, what is held stays."""
+    size = whole_pages(4 * BIG)
+    held = [ends.carry(torch.full((BIG,), float(number))) for number in range(5)]
+    last = held.pop()
+    held.clear()
+    assert ends.in_use == size
+    assert ends.arena._map.resident == 5 * size
+    ends.arena.trim()
+    assert ends.arena._map.resident == 2 * size
+    again = ends.carry(torch.zeros(BIG))
+    assert ends.arena._map.resident == 2 * size
+    assert torch.equal(last, torch.full((BIG,), 4.0))
+    assert torch.equal(again, torch.zeros(BIG))
+
+
 def test_idle_memory_is_given_back(ends: Ends) -> None:
     """After a burst of large batches, small ones do not keep the memory of the large ones."""
     burst = [ends.carry(torch.ones(10 * BIG)) for _ in range(6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 import types
 from typing import Any
 
@@ -133,6 +134,28 @@ def test_the_pool_grows_back_as_soon_as_its_credit_is_full() -> None:
         batches += 1
         assert batches <= 150
     assert batches == 150
+
+
+@pytest.mark.parametrize(
+    ("readings", "causes"),
+    [
+        ([5, None, 5], ["killed", "killed"]),
+        ([5, None, 6], ["killed", "memory"]),
+        ([None, 5, 5], ["killed", "killed"]),
+        ([None, 5, 6], ["killed", "memory"]),
+        ([0, 1, None], ["memory", "killed"]),
+    ],
+)
+def test_a_count_that_could_not_be_read_is_no_change(
+    monkeypatch: pytest.MonkeyPatch, readings: list[int | None], causes: list[str]
+) -> None:
+    """Of the memory killer's kills: what counts is a rise since the count was last known."""
+    counts = iter(readings)
+    monkeypatch.setattr(crew_module.host, "memory_kills", lambda: next(counts))
+    crew, worker = starting(RecoveryPolicy())
+    worker.ready = True
+    died = types.SimpleNamespace(worker=worker, exitcode=-signal.SIGKILL)
+    assert [crew.account(died) for _ in causes] == causes  # type: ignore[arg-type]
 
 
 def test_the_docstring_tells_of_every_attribute() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing as mp
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from robustloader.decisions.limits import Memory
+from robustloader.decisions.limits import Memory, low_memory
 from robustloader.system import cgroups, limits
 
 MIB = 1 << 20
@@ -73,6 +75,33 @@ def test_version_2(root: Path) -> None:
     processes = limits.read_processes(top)
     assert processes.free == 12
     assert "pids.max" in processes.limit
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_in_the_page_cache_are_free_however_often_they_were_read(root: Path, version: int) -> None:
+    """From its second epoch on a dataset's files are in active use. Of files in memory the kernel can drop nothing."""
+    used, cache, shared = 62 << 30, 44 << 30, 5 << 30
+    lists = {"inactive_file": 4 << 30, "active_file": cache - (4 << 30), "inactive_anon": shared + (8 << 30)}
+    stat = {"anon": 8 << 30, "file": cache + shared, "shmem": shared, "file_dirty": 1 << 30, **lists}
+    if version == 2:
+        stat["slab_reclaimable"] = 2 << 30
+        folder, top, current, groups = "sys/fs/cgroup", "max", "current", "0::/"
+    else:
+        stat = {f"total_{name}": value for name, value in stat.items()} | {"active_file": 1}
+        folder, top, current, groups = "sys/fs/cgroup/memory", "limit_in_bytes", "usage_in_bytes", "4:memory:/"
+    write(
+        root,
+        {
+            "proc/meminfo": f"MemTotal: {512 << 20} kB\nMemAvailable: {400 << 20} kB",
+            "proc/self/cgroup": groups,
+            f"{folder}/memory.{top}": str(64 << 30),
+            f"{folder}/memory.{current}": str(used),
+            f"{folder}/memory.stat": "\n".join(f"{name} {value}" for name, value in stat.items()),
+        },
+    )
+    memory = limits.read_memory(str(root))
+    assert memory.free_bytes == (64 << 30) - used + cache + stat.get("slab_reclaimable", 0)
+    assert low_memory(memory, 0.1) is None
 
 
 def test_half_a_processor_is_one(root: Path) -> None:
@@ -148,6 +177,31 @@ def test_a_group_larger_than_the_host_is_no_limit(root: Path) -> None:
         },
     )
     assert limits.read_memory(str(root)).source == "host"
+
+
+def test_kills_that_cannot_be_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor left there is no count: neither that of fewer groups, nor the host's."""
+    group = "sys/fs/cgroup/job"
+    write(root, {"proc/self/cgroup": "0::/job", f"{group}/memory.events": "oom_kill 3", "proc/vmstat": "oom_kill 9"})
+    top = str(root)
+    assert limits.memory_kills(top) == 3
+
+    unreadable = []
+
+    def run_out(path: str, *arguments: Any) -> Any:
+        if path.endswith(tuple(unreadable)):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return open(path, *arguments)
+
+    monkeypatch.setattr(cgroups, "open", run_out, raising=False)
+    for name in ("proc/self/cgroup", "memory.events"):
+        unreadable[:] = [name]
+        assert limits.memory_kills(top) is None
+    (root / group / "memory.events").unlink()
+    unreadable[:] = ["vmstat"]
+    assert limits.memory_kills(top) is None
+    unreadable.clear()
+    assert limits.memory_kills(top) == 9
 
 
 # --- /dev/shm ---------------------------------------------------------------------------------------------------------

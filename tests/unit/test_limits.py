@@ -144,14 +144,17 @@ def test_the_shortage_has_the_numbers() -> None:
 
 
 def test_relief_while_an_epoch_runs() -> None:
-    """Lookahead, then workers down to the minimum, then nothing."""
+    """Lookahead, then what it took, then workers down to the minimum, then nothing."""
     steps = []
-    prefetch, workers = 4, 3
-    while (step := plan_relief(prefetch_factor=prefetch, workers=workers, min_workers=2, can_shrink=True)) != "none":
+    prefetch, workers, trimmed = 4, 3, False
+    while (
+        step := plan_relief(prefetch_factor=prefetch, workers=workers, min_workers=2, can_shrink=True, trimmed=trimmed)
+    ) != "none":
         steps.append(step)
-        prefetch, workers = (1, workers) if step == "prefetch" else (prefetch, workers - 1)
-    assert steps == ["prefetch", "workers"]
-    assert plan_relief(prefetch_factor=1, workers=3, min_workers=2, can_shrink=False) == "none"
+        prefetch, trimmed = 1, trimmed or step == "idle"
+        workers -= step == "workers"
+    assert steps == ["prefetch", "idle", "workers"]
+    assert plan_relief(prefetch_factor=1, workers=3, min_workers=2, can_shrink=False, trimmed=True) == "none"
 
 
 def test_low_is_less_than_the_headroom() -> None:
