@@ -160,6 +160,7 @@ class Demo:
             self.show.say(f"  {situation}:")
             self.show.say("    " + (error or "it survived").replace("\n", "\n    "))
             self.claim(f"torch's DataLoader dies of {situation}", re.match(expected, error) is not None)
+        gc.collect()  # iterators of torch's that are held some other way: Ctrl-C would be lost in their end
         return errors
 
     def _die(self, dataset: DigitFiles, kill_at: int | None) -> str:
