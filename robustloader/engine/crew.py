@@ -327,11 +327,10 @@ class Crew:
     def grow(self, workers: int, reason: str) -> None:
         """Start further processes, as many as make the pool ``workers`` large."""
         before, added = self.size, workers - self.size
-        for slot in [*self.slots, *(Slot(len(self.slots) + number, state="reserve") for number in range(added))]:
+        there = [slot for state in ("reserve", "retired") for slot in self.slots if slot.state == state]
+        for slot in [*there, *(Slot(len(self.slots) + number, state="reserve") for number in range(added))]:
             if self.size == workers:
                 break
-            if slot.state not in ("reserve", "retired"):
-                continue
             if slot.worker_id == len(self.slots):
                 self.slots.append(slot)
             self.size += 1

@@ -211,6 +211,8 @@ class InProcessIterator(torch_private.LoaderIterator):
             raise
         now = time.monotonic_ns()
         self._recording.waited(now - begun, 0, now)
+        if self._stream is not None and not warnings_held():  # one that is an error comes in place of the batch
+            self._stream.let_go()
         self._returned_ns = time.monotonic_ns()
         return batch
 
@@ -226,7 +228,7 @@ class InProcessIterator(torch_private.LoaderIterator):
             return self._load_task(task, indices)
         stream.let_go()
         try:
-            batch = self._load_task(task, indices)
+            return self._load_task(task, indices)
         except Exception:  # the trainer's error; a state that is taken before the next batch has the samples
             raise
         except BaseException:  # Ctrl-C, say
@@ -235,15 +237,13 @@ class InProcessIterator(torch_private.LoaderIterator):
                 self._ahead.insert(0, indices)
                 self._task = task
             raise
-        if not warnings_held():  # one that is an error comes in place of the batch
-            stream.let_go()
-        return batch
 
     def _load_task(self, task: int, indices: Any) -> Any:
         desk, batched = self._desk, self._options.batched
         samples: list[Any] = []
         avoid: tuple[int, ...] = ()
         spares: tuple[Any, ...] = ()
+        refusal: Exception | None = None
         if not self._options.iterable and desk.repairs:
             samples = as_list(indices, batched=batched)
             if self._spares.observed <= task:
@@ -251,13 +251,13 @@ class InProcessIterator(torch_private.LoaderIterator):
                 self._progress.read(task, self._spares, indices)
             avoid = positions_of(samples, desk.known_bad) if desk.known_bad else ()
             spares = spares_for(self._spares, desk, task, len(avoid))
-            if avoid:
+            refusal = desk.refusal(samples)
+            if avoid and refusal is None:
                 desk.left_out([samples[p] for p in avoid], self._recording, task=task)
         elif not self._options.iterable:
             self._progress.read(task, self._spares, indices)
         begun = time.monotonic_ns()
         desk.budget.fetched(count_indices(indices) if batched else 1)
-        refusal = desk.refusal(samples)
         outcome = Broken(refusal, Report()) if refusal else self._fetch(Fetch(0, task, indices, spares, avoid))
         rounds = 1
         while isinstance(outcome, Short):
@@ -455,10 +455,10 @@ class StandIn:
         if isinstance(self._fetcher, IterableFetcher):
             self._fetcher.keeps = keeps
 
-    def put_back(self) -> None:
-        """The batch of a stream that was loaded last got nowhere: the next call makes it again."""
-        if isinstance(self._fetcher, IterableFetcher):
-            self._fetcher.put_back()
+    def put_back(self) -> bool:
+        """The batch of a stream that was loaded last got nowhere: the next call makes it again. False where there is
+        none."""
+        return isinstance(self._fetcher, IterableFetcher) and self._fetcher.put_back()
 
     def let_go(self) -> None:
         """It will not be put back."""
@@ -543,13 +543,14 @@ class Shards:
         self.last = (state.next_shard - 1) % len(shards)
         self.calls = 0
         self._again = False  # whether that shard's turn is not over
+        self._begun = False  # whether that shard has been asked for the batch that is being made
 
     def fetch(self, order: Fetch) -> Outcome:
         """Load the next batch of the shard whose turn it is."""
         while any(self._stand_ins):
             if not self._again:
                 self.last = (self.last + 1) % len(self._stand_ins)
-            self._again = False
+            self._again, self._begun = False, True
             stand_in = self._stand_ins[self.last]
             if stand_in is None:
                 continue
@@ -570,12 +571,13 @@ class Shards:
     def put_back(self) -> None:
         """The batch that was loaded last got nowhere: the next call makes it again."""
         stand_in = self._stand_ins[self.last]
-        if stand_in is not None:
-            stand_in.put_back()
+        if stand_in is not None and self._begun:
+            self._batches[self.last] -= stand_in.put_back()
             self._again = True
 
     def let_go(self) -> None:
         """It will not be put back."""
+        self._begun = False
         stand_in = self._stand_ins[self.last]
         if stand_in is not None:
             stand_in.let_go()

@@ -67,6 +67,8 @@ from robustloader.worker.seeding import worker_seed
 __all__ = ["MultiprocessIterator"]
 
 _LOOK_EVERY_NS = 1_000_000
+_TRIM_WITHIN_NS = 30_000_000_000
+"""A worker answers between two batches; one that is long at it does not hold up what is done about memory."""
 _LARGE_BYTES = 1_000_000
 """Batches from this size on: a message to say that one has been let go costs less than memory for another one."""
 
@@ -134,6 +136,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         )
         self._happenings: deque[Happening] = deque()
         self._size_awaited = False
+        self._trim_until_ns = 0
         self._held: deque[Task] = deque()
         self._guard = MemoryGuard(
             options.memory,
@@ -521,6 +524,14 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if slot.state == "live":
                 self._feed(slot)
 
+    def _feed_waiting(self) -> None:
+        """Give out what nobody had room for when it was read."""
+        for slot in self._crew.slots:
+            if not self._books.queue:
+                return
+            if slot.state == "live":
+                self._feed(slot)
+
     # --- delivering
 
     def next_batch(self) -> Any:
@@ -573,8 +584,8 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._put_ahead -= 1
         else:
             self._put()
-        if books.queue and not self._recovery.local:  # what nobody had room for; no message of a worker's may come now
-            self._feed_all()
+        if books.queue and not self._recovery.local:  # it may be that no message of a worker's comes any more
+            self._feed_waiting()
         self._crew.delivered()
         self._progress.deliver(
             task.id,
@@ -935,7 +946,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if not guard.due(now) or self._recovery.local or self.closed:
             return
         under_way = self._put_ahead or any(slot.leaving for slot in crew.slots)
-        under_way = under_way or any(worker.trimming for worker in self._pool.workers)
+        under_way = under_way or (now < self._trim_until_ns and any(worker.trimming for worker in self._pool.workers))
         try:
             relief, reason = guard.look(
                 now,
@@ -951,6 +962,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._lower_prefetch(1)
         elif relief == "idle":
             self._pool.ask_to_trim()
+            self._trim_until_ns = now + _TRIM_WITHIN_NS
         elif relief == "workers":
             self._take_away(1, reason)
 
@@ -1003,6 +1015,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         self._widen()
         if self._adapter is not None:
             self._adapter.cannot_exceed(self._crew.size)
+        self._feed_all()  # who has inherited a suspect may be idle
 
     # --- shards without a process, and the training process as a worker
 

@@ -257,6 +257,7 @@ class MemoryGuard:
         memory = _read_memory()
         shortage = low_memory(memory, policy.headroom_fraction) if memory is not None else None
         if shortage is None:
+            self._trimmed = self._trimmed and memory is None  # by the next shortage something may lie idle again
             return "none", ""
         relief: Relief = "none"
         if policy.on_low == "adapt":

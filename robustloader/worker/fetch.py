@@ -585,10 +585,13 @@ class IterableFetcher:
             self._collated = values if plan.batched and not plan.drop_last else []  # in case it cannot be encoded
             return Loaded(batch, len(values), self._report(faults) if faults or self._reason else None)
 
-    def put_back(self) -> None:
-        """The batch that was loaded last got nowhere: the next call makes it again, of the same samples."""
-        if self.loaded is not None:
-            (self.calls, self.values), self.loaded = self.loaded, None
+    def put_back(self) -> bool:
+        """The batch that was loaded last got nowhere: the next call makes it again, of the same samples. False where
+        there is none."""
+        if self.loaded is None:
+            return False
+        (self.calls, self.values), self.loaded = self.loaded, None
+        return True
 
     def let_go(self) -> None:
         """The batch that was loaded last will not be put back."""

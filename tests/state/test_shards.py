@@ -244,3 +244,34 @@ def test_a_run_that_goes_back(dataset: Any, epochs: int) -> None:
         torch.manual_seed(4)
         loader.load_state_dict(state)
     assert [lists(ours) for _ in range(3)] == [lists(fresh) for _ in range(3)]
+
+
+class Halves(IterableDataset):
+    """Each of two workers yields twenty numbers of its own."""
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        assert info is not None
+        yield from range(20 * info.id, 20 * info.id + 20)
+
+
+def test_an_interruption_before_a_shard_is_asked_changes_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as the training process, which loads for both workers, is about to ask the next of them."""
+    ours = RobustDataLoader(Halves(), 4, num_workers=2)
+    iterator = iter(ours)
+    head = [next(iterator).tolist() for _ in range(3)]
+    state = ours.state_dict()
+    other = RobustDataLoader(Halves(), 4, num_workers=0)
+    other.load_state_dict(state)
+    resumed = iter(other)
+    rest = [next(resumed).tolist()]
+    with monkeypatch.context() as patch:
+        patch.setattr(other._desk.budget, "fetched", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(resumed)
+    rest += [batch.tolist() for batch in resumed]
+    assert head + rest == [list(range(first, first + 4)) for four in range(0, 20, 4) for first in (four, four + 20)]
+
+
+def _interrupt(samples: int) -> None:
+    raise KeyboardInterrupt
