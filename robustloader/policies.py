@@ -17,9 +17,10 @@ from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
 from robustloader.errors import OptionError
-from robustloader.events import Sink
+from robustloader.events import FaultAction, Sink
 
 __all__ = [
+    "RECORDED_AS",
     "TRANSIENT",
     "Action",
     "FaultPolicy",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 Action = Literal["raise", "skip", "replace"]
+RECORDED_AS: dict[Action, FaultAction] = {"raise": "raised", "skip": "skipped", "replace": "replaced"}
+"""What the record of a fault says of the action that was taken."""
 Seeding = Literal["worker", "batch"]
 Transport = Literal["auto", "arena", "pipe"]
 

@@ -116,8 +116,9 @@ class Books:
 
     def learn(self) -> None:
         """A sample was convicted: what nobody has yet must not be loaded with it either."""
-        for task in (*self.queue, *self.parked):
-            self.avoid_known(task)
+        for task in self.ledger:
+            if task.worker_id < 0 and not task.arrived:
+                self.avoid_known(task)
 
     def requeue(self, task: Task) -> None:
         """Let whoever has room first do a task again; the oldest goes first."""

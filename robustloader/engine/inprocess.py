@@ -192,10 +192,6 @@ class InProcessIterator(torch_private.LoaderIterator):
         """Read the sampler once now: what it draws then belongs to the beginning of the epoch."""
         self._look_ahead(self._task + 1)
 
-    def note_held(self, held: bool) -> None:
-        """Tell whoever asks for a state."""
-        self._progress.held = held
-
     def next_batch(self) -> Any:
         """Load the next batch."""
         if self._error is not None:

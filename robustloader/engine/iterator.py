@@ -67,8 +67,6 @@ from robustloader.worker.seeding import worker_seed
 __all__ = ["MultiprocessIterator"]
 
 _LOOK_EVERY_NS = 1_000_000
-_TRIM_WITHIN_NS = 30_000_000_000
-"""A worker answers between two batches; one that is long at it does not hold up what is done about memory."""
 _LARGE_BYTES = 1_000_000
 """Batches from this size on: a message to say that one has been let go costs less than memory for another one."""
 
@@ -136,7 +134,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         )
         self._happenings: deque[Happening] = deque()
         self._size_awaited = False
-        self._trim_until_ns = 0
         self._held: deque[Task] = deque()
         self._guard = MemoryGuard(
             options.memory,
@@ -295,10 +292,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             for slot, shard in zip(self._crew.slots, self._progress.shards, strict=False):
                 shard.snapshot = slot.snapshot
 
-    def note_held(self, held: bool) -> None:
-        """Tell whoever asks for a state."""
-        self._progress.held = held
-
     def _start_details(self, slot: Slot) -> dict[str, Any]:
         return {
             "epoch": self._books.epoch,
@@ -431,8 +424,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         for task in held:
             if task.arrived:  # it needs a sample that was convicted meanwhile
                 continue
-            if self._books.desk.known_bad:
-                self._books.avoid_known(task)
             if fits:
                 self._hand_out(task)
             else:
@@ -524,14 +515,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             if slot.state == "live":
                 self._feed(slot)
 
-    def _feed_waiting(self) -> None:
-        """Give out what nobody had room for when it was read."""
-        for slot in self._crew.slots:
-            if not self._books.queue:
-                return
-            if slot.state == "live":
-                self._feed(slot)
-
     # --- delivering
 
     def next_batch(self) -> Any:
@@ -585,7 +568,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         else:
             self._put()
         if books.queue and not self._recovery.local:  # it may be that no message of a worker's comes any more
-            self._feed_waiting()
+            self._feed_all()
         self._crew.delivered()
         self._progress.deliver(
             task.id,
@@ -746,7 +729,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._recovery.on_trial_passed(slot)
             self._feed_all()
         elif isinstance(message, Trimmed):
-            worker.trimming = False
+            worker.trimming_until_ns = 0
         elif message.run == self._books.run:
             self._on_task_message(message, slot, worker, frame)
             self._end_holding()
@@ -946,7 +929,7 @@ class MultiprocessIterator(torch_private.LoaderIterator):
         if not guard.due(now) or self._recovery.local or self.closed:
             return
         under_way = self._put_ahead or any(slot.leaving for slot in crew.slots)
-        under_way = under_way or (now < self._trim_until_ns and any(worker.trimming for worker in self._pool.workers))
+        under_way = under_way or any(now < worker.trimming_until_ns for worker in self._pool.workers)
         try:
             relief, reason = guard.look(
                 now,
@@ -962,7 +945,6 @@ class MultiprocessIterator(torch_private.LoaderIterator):
             self._lower_prefetch(1)
         elif relief == "idle":
             self._pool.ask_to_trim()
-            self._trim_until_ns = now + _TRIM_WITHIN_NS
         elif relief == "workers":
             self._take_away(1, reason)
 

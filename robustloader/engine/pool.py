@@ -38,6 +38,8 @@ logger = logging.getLogger("robustloader")
 STOP_WITHIN_S = 5.0
 ABANDON_AFTER_S = 10.0
 """A process that lives so long after SIGKILL hangs in the kernel."""
+_TRIM_WITHIN_NS = 30_000_000_000
+"""A worker answers between two batches; one that is long at it does not hold up what is done about memory."""
 _EOF_GRACE_S = 1.0
 _DESCRIPTORS_TO_START = 8
 """More than ``multiprocessing`` opens for a process, whatever the start method."""
@@ -54,7 +56,7 @@ class Worker:
         killed_for: why it is as good as killed by this process ("hang", "start", "arena"), or "".
         backlogged: the pool waits until its socket takes more.
         arena_lost: why its arena could not be had here, or "".
-        trimming: it was asked to give back idle memory, and has not said yet that it did.
+        trimming_until_ns: until when it may take to give back idle memory, as it was asked to; 0 once it has.
         run: the iterator's epoch it was started in.
         silent_s, task_s: how long it has been in one phase, and with one task, while the trainer waited, in seconds.
         stack: its Python stacks as text, once it was found to hang.
@@ -83,7 +85,7 @@ class Worker:
         self.killed_for = ""
         self.arena_lost = ""
         self.backlogged = False
-        self.trimming = False
+        self.trimming_until_ns = 0
         self.run = 0
         self.gone_ns = 0
         self.killed_ns = 0
@@ -387,9 +389,10 @@ class Pool:
 
     def ask_to_trim(self) -> None:
         """Have the workers give back what lies idle in their arenas, where otherwise it would stay for many batches."""
+        until_ns = time.monotonic_ns() + _TRIM_WITHIN_NS
         for worker in self.workers:
             if worker.ready and not worker.dismissed:
-                worker.trimming = True
+                worker.trimming_until_ns = until_ns
                 self.send(worker, Trim())
 
     def _watch_writing(self, worker: Worker) -> None:

@@ -203,6 +203,10 @@ class Progress:
             self._enter()
         self._pending = (task, shard, calls, loaded, snapshot)
 
+    def hold(self, held: bool) -> None:
+        """Note that a batch is held from here on, or that the trainer gets it."""
+        self.held = held
+
     def delivers(self, task: int) -> bool:
         """Whether ``task`` is what was delivered last."""
         return self._pending is not None and self._pending[0] == task
@@ -299,6 +303,7 @@ class Journal:
             batch_size=batch_size,
             before=self.drained if self.loaded is not None or self.progress is None else self.progress.ended,
         )
+        iterator.note_held = progress.hold
         if iterable:
             progress.shards = [ShardProgress() for _ in range(max(1, progress.workers))]
         if resume is not None and state is not None:

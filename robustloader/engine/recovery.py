@@ -19,7 +19,7 @@ from robustloader.engine.crew import Crew, Label, Slot, TrialCase
 from robustloader.engine.pool import Died, NotStarted, Worker
 from robustloader.errors import ResourceError, WorkerCrashError, WorkerError, WorkerHangError, WorkerStartError
 from robustloader.events import FaultAction, FaultKind, FaultRecord, WorkerCrashed
-from robustloader.policies import RecoveryPolicy
+from robustloader.policies import RECORDED_AS, RecoveryPolicy
 from robustloader.transport.messages import TRACEBACK_CHARS
 from robustloader.worker.beacon import Reading
 
@@ -204,7 +204,7 @@ class Recovery:
         task.avoid = tuple(sorted({*task.avoid, position}))
         index = task.samples[position]
         message = f"it killed its worker {judgement.deaths} times in batch {task.id}, where others had survived alone"
-        action: FaultAction = "skipped" if self.books.desk.policy.action == "skip" else "replaced"
+        action = RECORDED_AS[self.books.desk.policy.action]
         self._record("crash", index, message, task, judgement.deaths, event, action)
 
     def _condemn(self, task: Task, judgement: Judgement, event: WorkerCrashed) -> None:
@@ -320,7 +320,6 @@ class Recovery:
 
     def _left_out(self, index: Any, message: str, task: Task, deaths: int) -> FaultRecord:
         """What is recorded of a sample (or, without index, of a task) that is done without, unproved."""
-        actions: dict[str, FaultAction] = {"skip": "skipped", "raise": "raised"}
         return FaultRecord(
             kind="crash",
             index=index,
@@ -328,7 +327,7 @@ class Recovery:
             epoch=self.books.epoch,
             task=task.id,
             attempts=deaths,
-            action=actions.get(self.books.desk.policy.action, "replaced"),
+            action=RECORDED_AS[self.books.desk.policy.action],
         )
 
     # --- restarts, and fewer workers

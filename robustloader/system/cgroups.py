@@ -132,14 +132,15 @@ def _groups(controller: str, root: str, *, strictly: bool = False) -> Iterator[_
 
 
 def read_text(path: str, *, strictly: bool = False) -> str:
-    """What a small file holds, without white space around it; "" where it cannot be read.
+    """What a small file holds, without white space around it; "" where it cannot be read. Names of files in it need not
+    be text.
 
     Args:
         path: of the file.
         strictly: raise where descriptors or memory to read it with have run out: that says nothing about the file.
     """
     try:
-        with open(path) as file:
+        with open(path, errors="surrogateescape") as file:
             return file.read().strip()
     except OSError as error:
         if strictly and exhaustion_hint(error):

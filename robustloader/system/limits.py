@@ -159,17 +159,8 @@ def maps_shared_memory(pid: int, root: str = "/") -> bool:
 
     Semaphores, a page each, do not count: tqdm makes one, and every forked worker inherits it.
     """
-    lines = _read_maps(pid, root).splitlines()
+    lines = read_text(os.path.join(root, f"proc/{pid}/maps")).splitlines()
     return any("/dev/shm/" in line and "/dev/shm/sem." not in line for line in lines)
-
-
-def _read_maps(pid: int | str, root: str) -> str:
-    """What a process maps, a line each; "" where that cannot be read. Names of files need not be text."""
-    try:
-        with open(os.path.join(root, f"proc/{pid}/maps"), errors="surrogateescape") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def _stale_entries(root: str, folder: str) -> dict[str, int]:
@@ -188,7 +179,7 @@ def _stale_entries(root: str, folder: str) -> dict[str, int]:
         with contextlib.suppress(OSError):
             for pid in os.listdir(os.path.join(root, "proc")):
                 if pid.isdigit():
-                    for name in re.findall(r"/dev/shm/(\S+)", _read_maps(pid, root)):
+                    for name in re.findall(r"/dev/shm/(\S+)", read_text(os.path.join(root, "proc", pid, "maps"))):
                         candidates.pop(name, None)
     return candidates
 

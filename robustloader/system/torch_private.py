@@ -311,6 +311,7 @@ class LoaderIterator(_BaseDataLoaderIter):
         self.base_seed: int = int(self._base_seed)
         self.pins: bool = self._pin_memory
         self._kept: list[Any] = []
+        self.note_held: Callable[[bool], None]  # told whether a batch is held that a warning was raised in place of
         self.pin_device: str | None = getattr(self, "_pin_memory_device", None)
 
     def next_indices(self) -> Any:
@@ -342,9 +343,6 @@ class LoaderIterator(_BaseDataLoaderIter):
                 self._base_seed = self.base_seed = draw_base_seed(loader)
             else:
                 self._sampler_iter = iter(self._index_sampler)
-
-    def note_held(self, held: bool) -> None:
-        """Whether a batch is held from here on that a warning was raised in place of."""
 
     def processes(self) -> list[Any]:
         """The worker processes, in the order of their ids."""

@@ -262,8 +262,7 @@ def _small_tensor(data: bytearray, code: int, size: tuple[int, ...]) -> torch.Te
 def _alias(
     first: torch.Tensor, code: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int, requires_grad: bool
 ) -> torch.Tensor:
-    tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code]).set_(first.untyped_storage(), offset, size, stride)
-    return tensor.requires_grad_() if requires_grad else tensor
+    return _view(first.untyped_storage(), code, size, stride, offset, requires_grad)
 
 
 def _whole_storage(storage: tuple[int, torch.UntypedStorage]) -> torch.UntypedStorage:
@@ -292,7 +291,18 @@ def _rebuild_empty(
     requires_grad: bool,
 ) -> torch.Tensor:
     """A view of no elements: its place may lie outside of the extent that the other views of its storage use."""
-    tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code]).set_(storage[1], 0, size, stride)
+    return _view(storage[1], code, size, stride, 0, requires_grad)
+
+
+def _view(
+    memory: torch.UntypedStorage,
+    code: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    requires_grad: bool,
+) -> torch.Tensor:
+    tensor = _NOTHING.new_empty(0, dtype=_DTYPES[code]).set_(memory, offset, size, stride)
     return tensor.requires_grad_() if requires_grad else tensor
 
 

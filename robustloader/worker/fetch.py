@@ -19,7 +19,7 @@ from robustloader.decisions.isolation import find_misfits
 from robustloader.decisions.keys import Key, as_list, count_indices, index_key
 from robustloader.decisions.limits import exhaustion_hint
 from robustloader.events import FaultAction, FaultKind
-from robustloader.policies import TRANSIENT, FaultPolicy
+from robustloader.policies import RECORDED_AS, TRANSIENT, FaultPolicy
 from robustloader.transport.messages import Fault, Fetch, Raised, Report, Trial
 from robustloader.worker.beacon import COLLATE, ENCODE, ITEM, ITEMS, POSITION, Beacon
 from robustloader.worker.seeding import preserve_rng
@@ -327,8 +327,7 @@ class _Repair:
     def _drop(self, position: int, bad: _Bad) -> None:
         """The sample at ``position`` is out."""
         self.values.pop(position, None)
-        action: FaultAction = {"replace": "replaced", "skip": "skipped"}.get(self.policy.action, "raised")  # type: ignore[assignment]
-        self.faults.append(bad.fault._replace(action=action))
+        self.faults.append(bad.fault._replace(action=RECORDED_AS[self.policy.action]))
         if self.policy.action == "raise":
             raise _Abort(bad.error)
         _let_go(bad.error)

@@ -188,10 +188,10 @@ def test_kills_that_cannot_be_counted(root: Path, monkeypatch: pytest.MonkeyPatc
 
     unreadable = []
 
-    def run_out(path: str, *arguments: Any) -> Any:
+    def run_out(path: str, **options: Any) -> Any:
         if path.endswith(tuple(unreadable)):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-        return open(path, *arguments)
+        return open(path, **options)
 
     monkeypatch.setattr(cgroups, "open", run_out, raising=False)
     for name in ("proc/self/cgroup", "memory.events"):

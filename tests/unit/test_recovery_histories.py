@@ -51,7 +51,6 @@ class History:
         options: dict[str, Any] | None = None,
         **recovery: Any,
     ) -> None:
-        self.kernel_kills = 0
         self.dataset = Here()
         self.listener = Listener()
         self.policy = RecoveryPolicy(backoff_s=0, stall_report_s=None, start_timeout_s=None, **recovery)
@@ -118,6 +117,16 @@ class History:
             self.die(fated, exitcode)
         raise AssertionError("this goes on for ever")
 
+    def until_closing(self) -> None:
+        """The only worker dies of the bad sample, until the last one is to look into it."""
+        self.come_up()
+        while not self.iterator._books.closing:
+            self.die(self.pool.workers[0])
+            self.settle()
+            assert len(self.listener.of(WorkerCrashed)) <= self.policy.max_restarts + 1
+            if not self.iterator._books.closing:
+                self.come_up()
+
     def rest(self) -> list[list[int]]:
         """The rest of the epoch, if nothing more happens."""
         self.pool.drains = True
@@ -147,14 +156,7 @@ def test_what_is_convicted_last_is_not_loaded_in_the_training_process(workers: i
 def test_a_suspect_that_cannot_be_tried_is_not_loaded_in_the_training_process() -> None:
     """In no batch: neither in the one it was in when its workers died, nor in those that wait."""
     history = History([[7, 1], [2, 7], [7, 3], [1, 7], [4, 5]], workers=1, max_restarts=1)
-    history.come_up()
-    for _ in range(2):
-        history.die(history.pool.workers[0])
-        history.settle()
-        if history.iterator._books.closing:
-            break
-        history.come_up()
-    assert history.iterator._books.closing
+    history.until_closing()
     history.pool.come_up(history.pool.starting[0], fails=True)
     history.settle()
     assert history.iterator._recovery.local
@@ -166,14 +168,7 @@ def test_a_suspect_that_cannot_be_tried_is_not_loaded_in_the_training_process() 
 def test_successors_that_never_come_up_end_the_search_for_suspects() -> None:
     """Killed each time before they are ready: after some, the training process goes on without the suspect."""
     history = History([[7, 1], [2, 3], [4, 5]], workers=1, max_restarts=2)
-    history.come_up()
-    for _ in range(3):
-        history.die(history.pool.workers[0])
-        history.settle()
-        if history.iterator._books.closing:
-            break
-        history.come_up()
-    assert history.iterator._books.closing
+    history.until_closing()
     deaths = 0
     while not history.over:
         history.pool.come_up(history.pool.starting[0])
